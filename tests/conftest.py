@@ -1,0 +1,33 @@
+"""What every test shares: where the official numbers lie, and how weights and inputs are made from their names."""
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+sys.path.insert(0, str(REFERENCE))  # fill.py lies beside the numbers that were made with it
+from fill import array, fill_value  # noqa: E402
+
+
+@pytest.fixture
+def reference():
+    """reference("losses") -> the arrays of tests/reference/losses.npz."""
+    return lambda name: np.load(REFERENCE / f"{name}.npz")
+
+
+@pytest.fixture
+def filled():
+    """filled(module, prefix="") gives every tensor of its state dict the reference value of its name; returns the module."""
+    def fill(module, prefix=""):
+        state = module.state_dict()
+        module.load_state_dict({k: torch.from_numpy(fill_value(prefix + k, v.shape)) for k, v in state.items()})
+        return module
+    return fill
+
+
+@pytest.fixture
+def named_input():
+    """named_input("headgrad0", (10, 97)) -> the standard-normal float32 tensor of that name."""
+    return lambda name, shape: torch.from_numpy(array(name, tuple(shape)))

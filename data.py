@@ -1,0 +1,763 @@
+"""Frames: where they lie, how they are labelled and split, and the multi-crop batches that pre-training eats.
+
+    python data.py --data FRAMES --show sheet.png        the crops and masks of one frame, as the network sees them
+
+Pre-training. Half of the multi-crop runs on the loader's workers (decode, crop, flip, to uint8), half on the training device
+(colour, blur, solarize, normalise), batched:
+
+    frames = Frames("data/frames", only=None)            # a folder (sub-folder = video) or a manifest.csv
+    multicrop = MultiCrop(frames, seed=0)                # sizes, scales, blur, switches: see the class
+    sampler = EpochSampler(len(frames), batch, seed=0, rank=0, world=1, start=step, stop=steps)
+    masks = BlockMasks((16, 16), batch * world, seed=0)  # patch grid of a global crop, images per step of all processes
+    skipped = Skipped(frames)
+    for batch in loader(multicrop, sampler, masks, workers=4, pin=False):     # one batch per step, of this process
+        skipped.update(batch)                            # logs unreadable frames; skipped.check() stops above 1 %
+        crops = augment(batch, device)                   # {"global_crops", "local_crops", "masks"}: normalised floats
+
+A batch on its way: "global" (2B,S,S,3) uint8, "local" (L*B,s,s,3) uint8, "global_colour" (2B,11) and "local_colour" (L*B,11)
+the drawn parameters of the second half, "masks" (2B,N) bool, "index" (B,) numbers in `frames`, "step" int, "bad" list.
+All randomness is a function of (seed, epoch, frame, crop) or, for masks, (seed, step, row of the batch of all processes).
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 64_000_000  # larger than any endoscope's frame; decoding it would stall or kill a worker
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message names the file."""
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The PIL image, header read and not decoded yet; whatever goes wrong inside is a BadImage that names the file."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
+            yield image
+    except Exception as error:  # Pillow lets through whatever its decoders raise
+        raise BadImage(f"{path}: {error or type(error).__name__}") from error
+
+
+def decode(image, factor=1):
+    """RGB pixels of an opened image, its sides divided by `factor` (1, 2, 4 or 8) and rounded up."""
+    if factor > 1 and image.format == "JPEG":
+        image.draft("RGB", (image.width // factor, image.height // factor))  # the decoder's own scaled inverse DCT
+        return image.convert("RGB")
+    return image.convert("RGB").reduce(factor)
+
+
+def read_image(path, draft=None):
+    """PIL RGB image. draft: (width, height) that the caller needs at least: a much larger frame is decoded at 1/2, 1/4 or 1/8.
+
+    Raises BadImage for a missing, unreadable, empty, truncated or absurdly large file.
+    """
+    with opened(path) as image:
+        return decode(image, shrink(min(image.width / draft[0], image.height / draft[1])) if draft else 1)
+
+
+def shrink(room):
+    """The largest factor of the JPEG decoder that does not exceed `room`."""
+    return next(factor for factor in (8, 4, 2, 1) if factor <= max(room, 1))
+
+
+def eval_image(path, size=224):
+    """(3, size, size) normalised floats: short side to size*256/224 bicubic, centre crop (DINOv2's evaluation transform)."""
+    image = TF.resize(read_image(path), round(size * 256 / 224), InterpolationMode.BICUBIC)
+    image = TF.to_tensor(TF.center_crop(image, size))
+    return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+
+
+class Frames:
+    """Index of unlabelled frames in sorted order. A path costs its bytes + 8, so millions fit.
+
+    root: a folder (every sub-folder is a video), or a manifest (csv with columns path, video, ...; paths relative to it).
+    only: file of paths, names or stems, one a line; every line must match exactly one frame.
+    """
+
+    def __init__(self, root, only=None):
+        self.root = Path(root)
+        manifest = self.root if self.root.suffix == ".csv" else self.root / "manifest.csv"
+        names, self.videos = None, None
+        if manifest.is_file():
+            self.root = manifest.parent
+            rows = read_csv(manifest, ("path",))
+            names = [row["path"] for row in rows]
+            if rows and "video" in rows[0]:
+                self.videos = [row["video"] for row in rows]
+        elif self.root.is_dir():
+            names = list(scan(str(self.root)))
+        else:
+            raise FileNotFoundError(f"{root}: no such folder or manifest of frames")
+        if only:
+            keep = matching(names, only, self.root)
+            names = [names[i] for i in keep]
+            self.videos = self.videos and [self.videos[i] for i in keep]
+        if not names:
+            raise FileNotFoundError(f"{root}: no images here ({', '.join(SUFFIXES)})")
+        encoded = [os.fsencode(name) for name in names]
+        self.blob = b"".join(encoded)
+        self.ends = np.cumsum([len(name) for name in encoded])
+
+    def __len__(self):
+        return len(self.ends)
+
+    def name(self, i):
+        return os.fsdecode(self.blob[self.ends[i - 1] if i else 0:self.ends[i]])
+
+    def path(self, i):
+        return os.path.join(self.root, self.name(i))
+
+    def video(self, i):
+        return self.videos[i] if self.videos else os.path.dirname(self.name(i))
+
+
+def scan(root, below=""):
+    """Relative paths of the images under root, depth first, in sorted order."""
+    with os.scandir(os.path.join(root, below)) as entries:
+        entries = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    folders = [name for name, is_dir in entries if is_dir]
+    if "images" in folders and "masks" in folders:
+        folders.remove("masks")  # labels of the frames beside them, not frames
+    for name, is_dir in entries:
+        if not is_dir and name.lower().endswith(SUFFIXES):
+            yield os.path.join(below, name)
+    for name in folders:
+        yield from scan(root, os.path.join(below, name))
+
+
+def matching(names, only, root):
+    """Numbers of the names that the lines of the file `only` name."""
+    wanted = set(read_lines(only))
+    found, keep = {}, []
+    for i, name in enumerate(names):
+        base = os.path.basename(name)
+        for key in {name, base, os.path.splitext(base)[0], os.path.splitext(name)[0], os.path.join(root, name)} & wanted:
+            if key in found:
+                raise ValueError(f"{only}: {key!r} means both {found[key]} and {name}: give the path")
+            found[key] = name
+            keep.append(i)
+    missing = sorted(wanted - set(found))
+    if missing:
+        raise FileNotFoundError(f"{only}: {len(missing)} lines name no frame under {root}, such as {missing[0]!r}")
+    return sorted(set(keep))
+
+
+def read_lines(path):
+    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def read_csv(path, columns, delimiter=","):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter=delimiter))
+    missing = [c for c in columns if not rows or c not in rows[0]]
+    if missing:
+        raise ValueError(f"{path}: no rows with the column(s) {', '.join(missing)}")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- multi-crop: the workers' half
+
+CROPS, ORDER, REPLACE, MASK_ORDER, MASK = range(5)  # streams of random numbers
+TRIES = 10  # attempts at a rectangle, as torchvision
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of the drawn parameters, then the order of the four
+GRAYSCALE, SIGMA, SOLARIZE = 8, 9, 10
+BLUR = {"as-executed": (0.0, 0.9, 0.5), "as-written": (1.0, 0.1, 0.5)}  # first global, second global, local crops
+
+
+def stream(seed, purpose, *counter):
+    """Generator that is a pure function of its integers: Philox, keyed by (seed, purpose), at up to three counters."""
+    counter = (0, *counter, *[0] * (3 - len(counter)))
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=counter))
+
+
+def crop_box(u, width, height, scale, ratio=(3 / 4, 4 / 3)):
+    """(top, left, h, w) of torchvision's RandomResizedCrop from the uniform numbers u (40,)."""
+    for a, b, c, d in u.reshape(TRIES, 4).tolist():
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * a)
+        aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * b)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(c * (height - h + 1)), int(d * (width - w + 1)), h, w
+    w = min(width, round(height * ratio[1]))  # the largest central rectangle of an allowed aspect
+    h = min(height, round(width / ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def draw_colour(u, blur, solarize, hue=True, grayscale=True):
+    """Parameters of the device's half from uniforms: (n, 13) -> (n, 11) float32. Factor 1 and hue 0 leave an image as it is.
+
+    blur, solarize: (n,) probabilities. DINOv2's colour distortion: jitter (.4, .4, .2, .1) p .8, grayscale p .2.
+    """
+    out = np.zeros((len(u), 11), np.float32)
+    jitter = u[:, :1] < 0.8
+    out[:, :HUE] = np.where(jitter, 1 + np.array([0.4, 0.4, 0.2]) * (2 * u[:, 1:4] - 1), 1)
+    out[:, HUE] = np.where(jitter[:, 0] & hue, 0.1 * (2 * u[:, 4] - 1), 0)
+    out[:, 4:8] = u[:, 5:9].argsort(1)  # the operation at each of the four places: a uniform permutation
+    out[:, GRAYSCALE] = grayscale & (u[:, 9] < 0.2)
+    out[:, SIGMA] = np.where(u[:, 10] < blur, 0.1 + 1.9 * u[:, 11], 0)
+    out[:, SOLARIZE] = u[:, 12] < solarize
+    return out
+
+
+class MultiCrop(torch.utils.data.Dataset):
+    """The CPU half of DINOv2's multi-crop: 2 global crops and `local_crops` local ones of a frame, uint8.
+
+    An item is asked for by a key (step, slot, epoch, frame) of EpochSampler. An unreadable frame is replaced by another one,
+    drawn from (seed, epoch, frame), and named under "bad".
+    """
+
+    def __init__(self, frames, seed=0, global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0),
+                 local_scale=(0.05, 0.32), blur="as-executed", hue=True, grayscale=True, solarize=True, exact_decode=False):
+        self.frames, self.seed, self.exact_decode = frames, seed, exact_decode
+        self.sizes = (global_size,) * 2 + (local_size,) * local_crops
+        self.scales = (global_scale,) * 2 + (local_scale,) * local_crops
+        first, second, local = BLUR[blur]
+        self.colour = functools.partial(draw_colour, hue=hue, grayscale=grayscale, blur=np.array([first, second] + [local] * local_crops),
+                                        solarize=np.array([0, 0.2 * solarize] + [0] * local_crops))
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, key):
+        step, slot, epoch, index = key
+        bad = []
+        for candidate in self.candidates(epoch, index):
+            try:
+                crops, colour = self.crops(candidate, stream(self.seed, CROPS, epoch, index))
+                break
+            except BadImage as error:
+                bad.append((candidate, str(error)))
+        else:
+            raise BadImage(f"{len(bad)} unreadable frames in a row: " + "; ".join(message for _, message in bad))
+        return {"crops": crops, "colour": colour, "step": step, "slot": slot, "index": candidate, "bad": bad}
+
+    def candidates(self, epoch, index):
+        yield index
+        yield from stream(self.seed, REPLACE, epoch, index).integers(len(self), size=20).tolist()
+
+    def crops(self, index, rng):
+        """List of (S, S, 3) uint8 arrays and (n, 11) parameters of the second half."""
+        u = rng.random((len(self.sizes), 4 * TRIES + 14))
+        with opened(self.frames.path(index)) as image:
+            boxes = [crop_box(row[:4 * TRIES], *image.size, scale) for row, scale in zip(u, self.scales)]
+            room = min(min(h, w) / size for (_, _, h, w), size in zip(boxes, self.sizes))
+            factor = 1 if self.exact_decode else shrink(room)
+            pixels = torch.from_numpy(np.array(decode(image, factor))).permute(2, 0, 1)[None]  # (1, 3, H, W) channels last
+        crops = []
+        for box, size, flip in zip(boxes, self.sizes, u[:, 4 * TRIES] < 0.5):
+            top, left, h, w = (round(x / factor) for x in box)
+            crop = F.interpolate(pixels[:, :, top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True)
+            crop = crop[0].permute(1, 2, 0).numpy()  # (S, S, 3)
+            crops.append(crop[:, ::-1] if flip else crop)
+        return crops, self.colour(u[:, 4 * TRIES + 1:])
+
+
+class EpochSampler:
+    """Batches of keys (step, slot, epoch, frame) for one of `world` processes, from step `start` up to `stop`.
+
+    The frames of all epochs stand in one endless line, each epoch in its own order, and step t takes the t-th piece of
+    batch * world of them; a process takes its contiguous slice of the piece. So every frame is seen once per epoch, nothing is
+    dropped, a piece does not depend on the number of processes, and any step can be the first.
+    """
+
+    def __init__(self, n, batch, seed=0, rank=0, world=1, start=0, stop=None):
+        self.n, self.batch, self.seed, self.rank, self.world, self.start, self.stop = n, batch, seed, rank, world, start, stop
+
+    def __iter__(self):
+        order = functools.lru_cache(2)(lambda epoch: stream(self.seed, ORDER, epoch).permutation(self.n))
+        for step in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
+            keys = []
+            for slot in range(self.rank * self.batch, (self.rank + 1) * self.batch):
+                epoch, place = divmod(step * self.batch * self.world + slot, self.n)
+                keys.append((step, slot, epoch, int(order(epoch)[place])))
+            yield keys
+
+    def __len__(self):
+        if self.stop is None:
+            raise TypeError("a sampler without a last step has no length")
+        return max(0, self.stop - self.start)
+
+
+class BlockMasks:
+    """iBOT's block masks, drawn over the global crops of all processes: row v * batch + slot is crop v of image `slot`.
+
+    Half of the rows are masked, the i-th of them asked for U(b_i, b_i+1) of the patches, b = linspace(ratio, n + 1), in a
+    shuffled order (DINOv2's collate). grid: (h, w) patches; batch: images per step of all processes.
+    """
+
+    def __init__(self, grid, batch, seed=0, ratio=(0.1, 0.5), probability=0.5):
+        self.grid, self.batch, self.seed = grid, batch, seed
+        self.bounds = np.linspace(*ratio, int(2 * batch * probability) + 1)
+
+    def __call__(self, step, slots):
+        """(2B, N) bool for the two global crops of these slots, crop-major."""
+        place = stream(self.seed, MASK_ORDER, step).permutation(2 * self.batch)
+        rows = [view * self.batch + slot for view in range(2) for slot in slots]
+        return torch.from_numpy(np.stack([self.one(step, row, place[row]) for row in rows]))
+
+    def one(self, step, row, place):
+        """(N,) bool: blocks of random area and aspect until the asked number is reached or no block fits."""
+        mask = np.zeros(self.grid, bool)
+        if place >= len(self.bounds) - 1:
+            return mask.reshape(-1)
+        rng = stream(self.seed, MASK, step, row)
+        left = int(mask.size * rng.uniform(*self.bounds[place:place + 2]))
+        while left > 0:
+            added = add_block(mask, left, rng)
+            if not added:
+                break
+            left -= added
+        return mask.reshape(-1)
+
+
+def add_block(mask, left, rng):
+    """Mask one block that adds 1 to `left` patches, in 10 tries; returns how many it added."""
+    height, width = mask.shape
+    for _ in range(10):
+        area = 4 + (min(left, height // 2 * width) - 4) * rng.random()  # from 4 down when fewer are left, as DINOv2
+        aspect = math.exp(math.log(0.3) * (1 - 2 * rng.random()))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h >= height or w >= width:
+            continue
+        top, start = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        block = mask[top:top + h, start:start + w]
+        added = block.size - np.count_nonzero(block)
+        if 0 < added <= left:
+            block[:] = True
+            return added
+    return 0
+
+
+def collate(items, masks):
+    """Crop-major batch of one process, as described at the top of this file."""
+    first = len(items[0]["crops"]) and 2
+    crops = [[torch.from_numpy(np.ascontiguousarray(crop)) for crop in item["crops"]] for item in items]
+    colour = torch.from_numpy(np.stack([item["colour"] for item in items], 1))  # (V, B, 11)
+    stack = lambda views: torch.stack([row[v] for v in views for row in crops]) if views else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    return {
+        "global": stack(range(2)), "local": stack(range(2, len(crops[0]))),
+        "global_colour": colour[:first].flatten(0, 1), "local_colour": colour[first:].flatten(0, 1),
+        "masks": masks(items[0]["step"], [item["slot"] for item in items]),
+        "index": torch.tensor([item["index"] for item in items]), "step": items[0]["step"],
+        "bad": [bad for item in items for bad in item["bad"]],
+    }
+
+
+def loader(multicrop, sampler, masks, workers=4, pin=False):
+    """DataLoader of one batch per step."""
+    return torch.utils.data.DataLoader(multicrop, batch_sampler=sampler, num_workers=workers, pin_memory=pin,
+                                       collate_fn=functools.partial(collate, masks=masks), prefetch_factor=2 if workers else None)
+
+
+class Skipped:
+    """Counts and names the frames that could not be read; more than 1 % of all frames stops the run."""
+
+    def __init__(self, frames):
+        self.frames, self.bad = frames, {}
+
+    def update(self, batch):
+        for index, message in batch["bad"]:
+            if index not in self.bad:
+                self.bad[index] = message
+                print(f"skipped unreadable frame {message} ({len(self.bad)} of {len(self.frames)})", file=sys.stderr)
+        self.check()
+
+    def check(self):
+        if len(self.bad) > 0.01 * len(self.frames):
+            listed = "\n  ".join(self.bad.values())
+            raise SystemExit(f"{len(self.bad)} of {len(self.frames)} frames cannot be read, more than 1 %:\n  {listed}")
+
+
+# -------------------------------------------------------------------------------------------- multi-crop: the device's half
+
+def augment(batch, device):
+    """The second half of the multi-crop: a batch of `loader` -> {"global_crops", "local_crops", "masks"} on the device.
+
+    global_crops (2B, 3, S, S), local_crops (L*B, 3, s, s): floats, normalised with ImageNet's mean and deviation.
+    """
+    out = {"masks": batch["masks"].to(device, non_blocking=True)}
+    for kind in ("global", "local"):
+        out[kind + "_crops"] = distort(batch[kind].to(device, non_blocking=True), batch[kind + "_colour"])
+    return out
+
+
+def distort(crops, colour):
+    """(B, H, W, 3) uint8, drawn parameters (B, 11) on the CPU -> (B, 3, H, W) normalised floats. One image at a time on a CPU,
+    where a crop then stays in the cache."""
+    x = torch.empty(len(crops), 3, *crops.shape[1:3], device=crops.device)
+    size = 1 if x.device.type == "cpu" else max(1, len(x))
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    for part, pixels, parameters in zip(x.split(size), crops.split(size), colour.split(size)):
+        part.copy_(pixels.permute(0, 3, 1, 2)).div_(255)
+        photometric(part, parameters)
+        part.sub_(mean).div_(std)
+    return x
+
+
+def photometric(x, colour):
+    """In place on (B, 3, H, W) in [0, 1]: colour jitter in each sample's own order, grayscale, blur, solarize."""
+    def apply(fn, chosen, *columns):
+        rows = chosen.nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        values = [colour[rows, c].to(x.device).view(-1, 1, 1, 1) for c in columns]
+        if len(rows) == len(x):
+            fn(x, *values)
+        else:
+            rows = rows.to(x.device)
+            part = x[rows]
+            fn(part, *values)
+            x[rows] = part
+
+    identity = (1, 1, 1, 0)
+    for place in range(4, 8):
+        for op, fn in enumerate((brightness, contrast, saturation, hue)):
+            apply(fn, (colour[:, place] == op) & (colour[:, op] != identity[op]), op)
+    apply(lambda x: x.copy_(gray(x).expand_as(x)), colour[:, GRAYSCALE] > 0)
+    apply(gaussian_blur, colour[:, SIGMA] > 0, SIGMA)
+    apply(lambda x: x.copy_(torch.where(x >= 128 / 255, 1 - x, x)), colour[:, SOLARIZE] > 0)
+
+
+def gray(x):
+    """(B, 3, H, W) -> (B, 1, H, W) luma with torchvision's weights."""
+    return (x[:, 0] * 0.2989).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114).unsqueeze(1)
+
+
+def brightness(x, factor):
+    x.mul_(factor).clamp_(0, 1)
+
+
+def contrast(x, factor):
+    mean = gray(x).mean((1, 2, 3), keepdim=True)
+    x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+
+
+def saturation(x, factor):
+    luma = gray(x)
+    x.mul_(factor).add_(luma.mul_(1 - factor)).clamp_(0, 1)
+
+
+def hue(x, shift):
+    """Turn the hue by `shift` turns. channel = min + chroma * clamp(|(h + k) mod 6 - 3| - 1, 0, 1), k = 0, 4, 2 for R, G, B."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = high - low
+    r, g, b = x.unbind(1)
+    high = high[:, 0]
+    h = torch.where(high == r, g - b, torch.where(high == g, b - r + 2 * chroma[:, 0], r - g + 4 * chroma[:, 0]))
+    h = h.unsqueeze(1) / chroma.clamp(min=1e-12) + 6 * shift
+    h = h + torch.tensor([0.0, 4.0, 2.0], device=x.device).view(3, 1, 1)  # (B, 3, H, W)
+    x.copy_(((h.remainder(6) - 3).abs() - 1).clamp(0, 1) * chroma + low)
+
+
+def gaussian_blur(x, sigma, reach=4):
+    """Separable 9-tap Gaussian with reflected borders; sigma (B, 1, 1, 1) pixels, one per sample."""
+    taps = torch.arange(-reach, reach + 1, device=x.device)
+    kernel = torch.softmax(-taps ** 2 / (2 * sigma ** 2), -1)  # (B, 1, 1, 9)
+    padded = F.pad(x, (reach, reach, 0, 0), mode="reflect")
+    rows = sum(padded[..., k:k + x.shape[3]] * kernel[..., k:k + 1] for k in range(2 * reach + 1))
+    padded = F.pad(rows, (0, 0, reach, reach), mode="reflect")
+    x.copy_(sum(padded[..., k:k + x.shape[2], :] * kernel[..., k:k + 1] for k in range(2 * reach + 1)))
+
+
+# ------------------------------------------------------------------------------------------------ labelled data and splits
+
+@dataclass(frozen=True)
+class Split:
+    """Indices (int64) into a Labelled: hyper-parameters are chosen on val, test is what is reported."""
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A labelled data set in memory: paths, not pixels. Several splits are folds."""
+    name: str
+    paths: list
+    labels: np.ndarray  # (n,) int64, or None
+    classes: tuple
+    groups: list  # patient, video or near-duplicate group of each path; the stem where nothing is known
+    masks: list  # path of each frame's mask, or None
+    splits: list
+
+    def __post_init__(self):
+        groups = np.asarray(self.groups)
+        for k, split in enumerate(self.splits):
+            parts = [set(groups[part]) for part in (split.train, split.val, split.test)]
+            crossing = (parts[0] & parts[1]) | (parts[0] & parts[2]) | (parts[1] & parts[2])
+            assert not crossing, f"{self.name}: {len(crossing)} groups cross split {k}, such as {min(crossing)}"
+
+
+def images_in(folder):
+    """Sorted paths of the images right in a folder; raises if there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    paths = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no images in this folder")
+    return paths
+
+
+def stem(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def fold_splits(folds):
+    """One split per fold: test = fold k, val = the next one, train = the rest. folds: (n,) fold of each item."""
+    folds = np.asarray(folds)
+    names = np.unique(folds)
+    if len(names) < 3:
+        raise ValueError(f"folds {names.tolist()}: three or more are needed for train, val and test")
+    test_val = zip(names, np.roll(names, -1))
+    return [Split(*(np.flatnonzero(part) for part in ((folds != t) & (folds != v), folds == v, folds == t))) for t, v in test_val]
+
+
+def balanced_folds(labels, groups, n_folds, seed=0):
+    """(n,) fold of each item: whole groups, dealt so that the folds' class counts stay even."""
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    names, inverse = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), labels.max() + 1))
+    np.add.at(counts, (inverse, labels), 1)
+    share = counts.sum(0) / n_folds
+    have, fold_of = np.zeros((n_folds, counts.shape[1])), np.zeros(len(names), int)
+    order = np.random.default_rng(seed).permutation(len(names))
+    for g in order[np.argsort(-counts[order].sum(1), kind="stable")]:  # the largest groups first
+        cost = (((have + counts[g] - share) / share.clip(1)) ** 2 - ((have - share) / share.clip(1)) ** 2).sum(1)
+        fold_of[g] = cost.argmin()
+        have[fold_of[g]] += counts[g]
+    return fold_of[inverse]
+
+
+def within(root, *names):
+    """root itself or its first sub-folder of these names that exists."""
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return next((root / name for name in names if (root / name).is_dir()), root)
+
+
+HYPER_KVASIR = "hyper-kvasir", "HyperKvasir", "hyperkvasir"
+LANDMARKS = "cecum", "ileum", "retroflex-rectum", "pylorus", "retroflex-stomach", "z-line"
+GRADES = tuple(f"ulcerative-colitis-grade-{g}" for g in (1, 2, 3))
+
+
+def load_landmarks(root):
+    """HyperKvasir's six anatomical landmarks in its official 5 folds (Borgli et al. 2020)."""
+    return load_hyper_kvasir(root, "anatomical-landmarks", LANDMARKS, "HyperKvasir anatomical landmarks")
+
+
+def load_uc_grades(root):
+    """HyperKvasir's ulcerative colitis grades 1, 2, 3 (labels 0, 1, 2); frames graded between two grades are left out."""
+    return load_hyper_kvasir(root, "pathological-findings", GRADES, "HyperKvasir UC grades")
+
+
+def load_hyper_kvasir(root, kind, names, title):
+    root = within(root, *HYPER_KVASIR)
+    folders = {p.name: p for p in sorted(root.glob(f"labeled-images/*/{kind}/*")) if p.name in names}
+    if not folders:
+        raise FileNotFoundError(f"{root}: expected HyperKvasir's labeled-images/*/{kind}/<class>, found {found_in(root)}")
+    classes = tuple(name for name in names if name in folders)
+    labelled = [(path, label) for label, name in enumerate(classes) for path in images_in(folders[name])]
+    split_file = root / "official_splits" / "5_fold_split.csv"
+    # the list's class names differ from the folders' (polyp / polyps): only the stem joins them
+    fold = {stem(row["file-name"]): int(row["split-index"]) for row in read_csv(split_file, ("file-name", "split-index"), ";")}
+    unlisted = [path for path, _ in labelled if stem(path) not in fold]
+    if unlisted:
+        raise ValueError(f"{split_file}: {len(unlisted)} frames on disk are not listed, such as {unlisted[0]}")
+    group = near_duplicates(root)
+    groups = [group.get(stem(path), stem(path)) for path, _ in labelled]
+    graded = {}
+    for g, (_, label) in zip(groups, labelled):
+        graded.setdefault(g, set()).add(label)
+    keep = [i for i, g in enumerate(groups) if len(graded[g]) == 1]  # one frame under two labels says nothing: drop it
+    paths, labels, groups = [labelled[i][0] for i in keep], np.array([labelled[i][1] for i in keep]), [groups[i] for i in keep]
+    first = {}
+    folds = [first.setdefault(g, fold[stem(path)]) for g, path in zip(groups, paths)]  # a group goes where its first frame is
+    title = f"{title}, official folds {', '.join(map(str, sorted(set(folds))))}"
+    return Labelled(title, paths, labels, classes, groups, None, fold_splits(folds))
+
+
+# HyperKvasir has no patient ids. These pairs of UC frames are the same picture; the first two stand under two grades.
+UC_DUPLICATES = ()
+
+
+def near_duplicates(root):
+    """{stem: group} of HyperKvasir's known near-duplicates: from index.csv (file, near_dup_group) if there."""
+    groups = {s: f"near-duplicate {i}" for i, pair in enumerate(UC_DUPLICATES) for s in pair}
+    if (root / "index.csv").is_file():
+        rows = read_csv(root / "index.csv", ("file", "near_dup_group"))
+        groups |= {stem(row["file"]): f"near-duplicate {row['near_dup_group']}" for row in rows if row["near_dup_group"]}
+    return groups
+
+
+def load_limuc(root):
+    """LIMUC, Mayo 0-3 (Polat et al. 2022): the ten official folds, each with the fixed test set; without the lists, folds by
+    patient. A file name can stand under two classes (8 do), so the key is (class, name)."""
+    root = within(root, "LIMUC")
+    classes = tuple(f"Mayo {k}" for k in range(4))
+    if not (root / "train_and_validation_sets").is_dir():
+        return load_limuc_by_patient(root, classes)
+    key_of = lambda path: tuple(Path(path).parts[-2:])
+    paths = [path for c in classes for path in images_in(root / "train_and_validation_sets" / c)]
+    n = len(paths)
+    paths += [path for c in classes for path in images_in(root / "test_set" / c)]
+    labels = np.array([classes.index(key_of(path)[0]) for path in paths])
+    groups = [patient(path) for path in paths]
+    test, lists = np.arange(n, len(paths)), root / "cross_validation_folds_train_val_info"
+    if lists.is_dir():
+        index = {key_of(path): i for i, path in enumerate(paths[:n])}
+        splits = [Split(*(read_fold(fold / f"{part}.json", index) for part in ("train", "val")), test)
+                  for fold in sorted(lists.glob("fold_*"), key=lambda p: int(p.name.split("_")[1]))]
+        return Labelled("LIMUC, ten official folds", paths, labels, classes, groups, None, splits)
+    folds = balanced_folds(labels[:n], groups[:n], 10)
+    splits = [Split(np.flatnonzero(folds != k), np.flatnonzero(folds == k), test) for k in range(10)]
+    return Labelled("LIMUC, official test set, ten folds by patient", paths, labels, classes, groups, None, splits)
+
+
+def load_limuc_by_patient(root, classes):
+    folder = root / "patient_based_classified_images"
+    paths = sorted(str(p) for p in folder.glob("*/Mayo ?/*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{root}: expected LIMUC's train_and_validation_sets/Mayo k and test_set/Mayo k, or "
+                                f"patient_based_classified_images/<patient>/Mayo k, found {found_in(root)}")
+    labels = np.array([classes.index(Path(path).parts[-2]) for path in paths])
+    groups = [Path(path).parts[-3] for path in paths]
+    splits = fold_splits(balanced_folds(labels, groups, 10))
+    return Labelled("LIMUC, ten folds by patient (no official lists)", paths, labels, classes, groups, None, splits)
+
+
+def patient(path):
+    """LIMUC's UC_patient_<id>_<n>.bmp -> id."""
+    return stem(path).removeprefix("UC_patient_").rsplit("_", 1)[0]
+
+
+def read_fold(path, index):
+    """Indices of the (class, name) entries of a LIMUC list."""
+    keys = [(c, name) for c, names in json.loads(path.read_text()).items() for name in names]
+    missing = [key for key in keys if key not in index]
+    if missing:
+        raise FileNotFoundError(f"{path}: {len(missing)} listed frames are missing, such as {'/'.join(missing[0])}")
+    return np.array([index[key] for key in keys])
+
+
+def load_kvasir_seg(root):
+    """Kvasir-SEG (Jha et al. 2020), the official 880 / 120 frames: test is the official val.txt, val a tenth of train.txt."""
+    root = within(root, "Kvasir-SEG", "kvasir-seg")
+    lists = within(root, "Data-split")
+    paths, masks = paired(root)
+    index = {stem(path): i for i, path in enumerate(paths)}
+    parts = []
+    for file in (lists / "train.txt", lists / "val.txt"):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: the official split list is missing (Data-split/ of the Kvasir-SEG repository)")
+        names = read_lines(file)
+        missing = [name for name in names if stem(name) not in index]
+        if missing:
+            raise FileNotFoundError(f"{file}: {len(missing)} listed frames are missing from {root / 'images'}, such as {missing[0]}")
+        parts.append(np.array([index[stem(name)] for name in names]))
+    train, val = hold_out(parts[0])
+    return Labelled("Kvasir-SEG, official 880/120", paths, None, ("polyp",), [stem(p) for p in paths], masks, [Split(train, val, parts[1])])
+
+
+def hold_out(indices, seed=0):
+    """(rest, tenth) of the indices, seeded."""
+    order = np.random.default_rng(seed).permutation(indices)
+    n = max(1, len(order) // 10)
+    return np.sort(order[n:]), np.sort(order[:n])
+
+
+def paired(root, images="images", masks="masks"):
+    """Paths of a folder's images and of the masks of the same stem and size."""
+    paths = images_in(root / images)
+    mask_of = {stem(path): path for path in images_in(root / masks)}
+    for path in paths:
+        if stem(path) not in mask_of:
+            raise FileNotFoundError(f"{path}: no mask of this stem in {root / masks}")
+        mask = mask_of[stem(path)]
+        with opened(path) as a, opened(mask) as b:
+            sizes = a.size, b.size
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{mask}: the mask is {sizes[1][0]}x{sizes[1][1]}, its frame {path} is {sizes[0][0]}x{sizes[0][1]}")
+    return paths, [mask_of[stem(path)] for path in paths]
+
+
+def load_pranet(root, test="Kvasir"):
+    """PraNet's 1,450 training frames (900 Kvasir-SEG + 550 CVC-ClinicDB) and one of its five test sets (Fan et al. 2020)."""
+    root = within(root, "data") if not (Path(root) / "TrainDataset").is_dir() else Path(root)
+    sets = [root / "TrainDataset", root / "TestDataset" / test]
+    if not sets[0].is_dir() or not sets[1].is_dir():
+        raise FileNotFoundError(f"{root}: expected PraNet's TrainDataset and TestDataset/{test}, found {found_in(root)}")
+    (paths, masks), (test_paths, test_masks) = (paired(s, "images" if (s / "images").is_dir() else "image",
+                                                       "masks" if (s / "masks").is_dir() else "mask") for s in sets)
+    train, val = hold_out(np.arange(len(paths)))
+    split = Split(train, val, np.arange(len(paths), len(paths) + len(test_paths)))
+    groups = [f"train/{stem(p)}" for p in paths] + [f"{test}/{stem(p)}" for p in test_paths]
+    return Labelled(f"PraNet's split, test {test}", paths + test_paths, None, ("polyp",), groups, masks + test_masks, [split])
+
+
+def load_folders(root):
+    """Any labelled set as <class>/<image> or <class>/<patient>/<image>: five folds, whole patients, balanced classes."""
+    root = within(root)
+    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    found = [(path, label) for label, c in enumerate(classes) for path in scan(str(root / c))]
+    if len({label for _, label in found}) < 2:
+        raise FileNotFoundError(f"{root}: expected two or more class folders with images, found {found_in(root)}")
+    paths = [str(root / classes[label] / path) for path, label in found]
+    groups = [os.path.dirname(path) or stem(path) for path, _ in found]
+    labels = np.array([label for _, label in found])
+    return Labelled(f"{root.name}, five folds", paths, labels, classes, groups, None, fold_splits(balanced_folds(labels, groups, 5)))
+
+
+def open_labelled(root, task):
+    """The labelled data of a task ("landmarks", "polyps" or "mes"), whichever known layout lies in root or just below it."""
+    layouts = {
+        "landmarks": ((HYPER_KVASIR, "labeled-images/*/anatomical-landmarks/*", load_landmarks),),
+        "polyps": ((("Kvasir-SEG", "kvasir-seg"), "masks", load_kvasir_seg), (("data",), "TrainDataset", load_pranet)),
+        "mes": ((("LIMUC",), "train_and_validation_sets", load_limuc), (("LIMUC",), "patient_based_classified_images", load_limuc),
+                (HYPER_KVASIR, "labeled-images/*/pathological-findings/ulcerative-colitis-grade-?", load_uc_grades)),
+    }
+    if task not in layouts:
+        raise ValueError(f"task {task!r} is none of {', '.join(layouts)}")
+    for folders, sign, load in layouts[task]:
+        if any(within(root, *folders).glob(sign)):
+            return load(root)
+    expected = "; ".join(f"{folders[0]}/{sign}" for folders, sign, _ in layouts[task])
+    raise FileNotFoundError(f"{root}: expected one of the layouts {expected} for {task}, found {found_in(root)}")
+
+
+def found_in(root):
+    return ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of frames or manifest")
+    parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

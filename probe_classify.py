@@ -8,6 +8,7 @@
 The backbone is never trained. Its features are computed once and kept under features/. Everything that is chosen is chosen
 on a fold's validation frames; the head that won there, fitted on the training frames alone, is the one that is tested, once.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -23,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import synthetic
 import vit
 
 
@@ -59,12 +61,12 @@ def bootstrap_interval(statistic, groups, n=1000, seed=0):
     """95 % percentile interval of statistic(indices) when whole groups (patients) are drawn with replacement.
 
     groups: one name per sample. statistic may return a number or an array, and nan where a draw leaves it undefined
-    (such draws are left out). Returns (low, high); (nan, nan) when there is a single group: nothing is known then.
+    (such draws are left out). Returns (low, high), nan when there is a single group: nothing is known then.
     """
     _, group_of = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(group_of == g) for g in range(group_of.max(initial=-1) + 1)]
     if len(members) < 2:
-        return float("nan"), float("nan")
+        return (np.full_like(np.asarray(statistic(np.arange(len(groups))), dtype=float), np.nan),) * 2
     rng = np.random.default_rng(seed)
     draws = [statistic(np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])) for _ in range(n)]
     with warnings.catch_warnings():
@@ -138,6 +140,60 @@ def knn_predict(train_x, train_y, x, k=20, temp=0.07, n_classes=None):
     return knn_probabilities(train_x, train_y, x, k, temp, n_classes).argmax(1)
 
 
+def standardised_input(features, rows, blocks, patch):
+    """A function (features, rows) -> (n, blocks*D [+ D]): the class tokens of the last `blocks` blocks, with the mean patch token
+    if `patch` (the four inputs of DINOv2's linear probe), every dimension standardised by the training `rows` given here.
+    """
+    def raw(features, rows):
+        x = features["cls"][rows, -blocks:].flatten(1)
+        return torch.cat([x, features["patch"][rows]], 1) if patch else x
+
+    x = raw(features, rows)
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    return lambda features, rows: (raw(features, rows) - mean) / std
+
+
+def linear_head(features, y, rows, n_classes, blocks, patch, l2, weight=None):
+    """Fit on the frames `rows`; returns predict(features, rows) -> class probabilities (n, C), labels (n,), on the CPU."""
+    inputs = standardised_input(features, rows, blocks, patch)
+    head = fit_linear(inputs(features, rows), y[rows], n_classes, l2, weight)
+
+    def predict(features, rows):
+        p = head(inputs(features, rows)).softmax(1).cpu()
+        return p, p.argmax(1)
+    return predict
+
+
+def knn_head(features, y, rows, n_classes):
+    """As linear_head: votes of the 20 nearest training frames, by the last block's class token."""
+    bank = features["cls"][rows, -1]
+
+    def predict(features, other):
+        p = knn_probabilities(bank, y[rows], features["cls"][other, -1], n_classes=n_classes).cpu()
+        return p, p.argmax(1)
+    return predict
+
+
+def majority_head(features, y, rows, n_classes):
+    """The trivial baseline: every frame gets the training frames' most frequent class."""
+    p = torch.bincount(y[rows], minlength=n_classes) / len(rows)
+    return lambda features, rows: (p.expand(len(rows), -1), p.argmax().expand(len(rows)))
+
+
+def best_on_validation(fit, grid, features, y, split, n_classes, score):
+    """(predict, setting): the setting of the grid whose head, fitted on split.train, has the highest score(true, pred, n_classes)
+    on split.val. The first wins a tie, so a grid goes from the simplest head to the least simple.
+    """
+    best = None
+    for setting in grid:
+        predict = fit(features, y, split.train, n_classes, **setting)
+        value = score(y[split.val], predict(features, split.val)[1], n_classes)
+        if best is None or value > best[0]:
+            best = value, predict, setting
+    return best[1:]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen features
 
@@ -154,21 +210,25 @@ def one_sentence():
 def backbones(checkpoints, device, seed=0):
     """Yield (name, model) for each checkpoint, then one random initialisation per architecture among them (vitt14 if none).
 
-    The models are in evaluation mode with gradients off. The random ones are drawn with `seed`, at the size of the position embedding
-    of the checkpoint that they stand beside.
+    In evaluation mode, gradients off. Names are the paths as given, and "random initialisation (ARCH)", drawn with `seed`.
     """
     shapes = {}
     for path in checkpoints:
         with one_sentence():
             model = vit.load_backbone(path, device)
-        shapes[model.info["arch"]] = model.pos_embed.shape[1] - 1
+        shapes[architecture(model)] = [model.dim, model.depth, model.heads, model.ffn, model.registers]
         yield str(path), model.eval().requires_grad_(False)
-    for arch, patches in (shapes or {"vitt14": 256}).items():
+    for arch, shape in (shapes or {"vitt14": None}).items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = vit.build_vit(arch, image_size=14 * round(patches**0.5))
-        model.info = {"path": None, "arch": arch, "step": 0, "format": None, "metrics": None}
+            model = vit.VisionTransformer(*shape) if shape else vit.build_vit(arch)
+        model.info = {"path": None, "arch": arch, "step": 0, "format": None, "metrics": {}}
         yield f"random initialisation ({arch})", model.to(device).eval().requires_grad_(False)
+
+
+def architecture(model):
+    """The name in ARCHS, or width/depth/heads/registers where there is none."""
+    return model.arch or f"ViT {model.dim}/{model.depth}/{model.heads}/{model.registers}"
 
 
 def fingerprint(paths, image_size):
@@ -257,3 +317,198 @@ def write_rows(rows, path):
     temporary = path.with_name(path.name + f".{os.getpid()}")
     temporary.write_text(json.dumps(rows, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From features to the results table (probe_mes.py runs the same with its own heads and metrics)
+
+SHOTS = (1, 5, 10, 25, 50)      # labelled frames per class
+DRAWS = 10                      # of them; draw d takes its frames from split d (modulo the number of splits)
+FEW_SHOT = dict(blocks=1, patch=True, l2=0.1)  # fixed: with a few labels there are none to choose with
+GRID = [dict(blocks=b, patch=p, l2=l2) for l2 in (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4) for b in (1, 4) for p in (False, True)]
+HEADS = {"kNN": (knn_head, [{}]), "linear": (linear_head, GRID)}
+
+
+def test_sets(labelled, other):
+    """[(words for the table, labelled set, test rows of each split)]: the other set, if any, is tested whole by each split's head."""
+    n = len(labelled.splits)
+    sets = [("same data", labelled, [s.test for s in labelled.splits])]
+    return sets + ([("unrelated data", other, [np.arange(len(other.paths))] * n)] if other else [])
+
+
+def apply(predicts, features, tests, n, n_classes):
+    """What each split's head says of its test frames: labels (F, n), -1 where not tested; probabilities (F, n, C)."""
+    pred = torch.full((len(tests), n), -1)
+    prob = torch.full((len(tests), n, n_classes), float("nan"))
+    for f, (predict, rows) in enumerate(zip(predicts, tests)):
+        prob[f, rows], pred[f, rows] = predict(features, rows)
+    return pred, prob
+
+
+def per_split(metrics, y, outcome, rows=slice(None)):
+    """metrics(true, pred, prob) of every split over those of `rows` that it tested: list of dicts."""
+    pred, prob = (t[:, rows] for t in outcome)
+    return [metrics(y[rows][p >= 0], p[p >= 0], q[p >= 0]) for p, q in zip(pred, prob)]
+
+
+def mean_of(dicts, keys=None):
+    return {k: float(np.mean([d[k] for d in dicts])) for k in keys or dicts[0]}
+
+
+def summarise(metrics, labelled, outcome, seed):
+    """Mean and population standard deviation over splits; where there is one split, a 95 % bootstrap interval over groups."""
+    y = torch.from_numpy(labelled.labels)
+    scores = per_split(metrics, y, outcome)
+    row = mean_of(scores)
+    if len(scores) > 1:
+        return row | {f"{k} sd": float(np.std([s[k] for s in scores])) for k in row}
+    interval = bootstrap_interval(lambda rows: list(per_split(metrics, y, outcome, rows)[0].values()), labelled.groups, seed=seed)
+    return row | {f"{k} {end}": float(v) for end, values in zip(("low", "high"), interval) for k, v in zip(row, values)}
+
+
+def few_shot(features, labelled, n_classes, head, metrics, keys, seed):
+    """One row per number of labelled frames per class: mean and standard deviation over DRAWS draws of `keys` of the metrics.
+
+    The frames of a draw are the first of one shuffled order per class, so that larger draws contain the smaller ones, and the same
+    for every backbone. A class with fewer training frames than shots gives all it has, and the row says so.
+    """
+    y, rows = torch.from_numpy(labelled.labels), []
+    for shots in SHOTS:
+        scores, used = [], []
+        for d in range(DRAWS):
+            split, rng = labelled.splits[d % len(labelled.splits)], np.random.default_rng((seed, d))
+            orders = [rng.permutation(split.train[labelled.labels[split.train] == c]) for c in range(n_classes)]
+            drawn = np.concatenate([order[:shots] for order in orders])
+            p, pred = head(features, y, drawn, n_classes)(features, split.test)
+            scores.append(metrics(y[split.test], pred, p))
+            used.append([len(order[:shots]) for order in orders])
+        fewest = np.min(used, axis=0)
+        short = ", ".join(f"{c}: {n}" for c, n in zip(labelled.classes, fewest) if n < shots)
+        rows.append({"table": "few-shot", "labelled per class": shots, "draws": DRAWS, "fewer at hand": short or "-"}
+                    | mean_of(scores, keys) | {f"{k} sd": float(np.std([s[k] for s in scores])) for k in keys})
+    return rows
+
+
+def differences(outcomes, pairs, sets, metrics, keys, seed):
+    """Checkpoint minus random initialisation for each head and test set: the same groups are drawn for both (paired bootstrap)."""
+    rows = []
+    for name, random in pairs:
+        for head, words in dict.fromkeys((h, w) for b, h, w in outcomes if b == name):
+            labelled = next(s for w, s, _ in sets if w == words)
+            y, a, b = torch.from_numpy(labelled.labels), outcomes[name, head, words], outcomes[random, head, words]
+
+            def difference(rows):
+                x, z = (mean_of(per_split(metrics, y, o, rows), keys) for o in (a, b))
+                return np.array([x[k] - z[k] for k in keys])
+            tested = ((a[0] >= 0).any(0)).nonzero()[:, 0].numpy()
+            low, high = bootstrap_interval(lambda i: difference(tested[i]), np.asarray(labelled.groups)[tested], seed=seed)
+            rows.append({"table": "difference", "backbone": name, "minus": random, "head": head, "tested on": words})
+            for k, value, *ends in zip(keys, difference(tested), low, high):
+                rows[-1] |= {k: float(value), f"{k} low": float(ends[0]), f"{k} high": float(ends[1])}
+    return rows
+
+
+def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
+    """Every row of the tables: results per backbone, head and test set, few-shot, differences. Features are computed once."""
+    sets, n_classes, device = test_sets(labelled, other), len(labelled.classes), args.device
+    y, results, shots, outcomes, pairs, arch_of = torch.from_numpy(labelled.labels), [], [], {}, [], {}
+
+    def test(name, head, predicts, features):
+        for (words, tested, tests), f in zip(sets, features):
+            outcome = outcomes[name, head, words] = apply(predicts, f, tests, len(tested.paths), n_classes)
+            matrix = sum(confusion(torch.from_numpy(tested.labels)[p >= 0], p[p >= 0], n_classes) for p in outcome[0])
+            results.append({"table": "results", "backbone": name, "head": head, "tested on": words}
+                           | summarise(metrics, tested, outcome, args.seed) | {"confusion": matrix.tolist()})
+
+    test("majority class", "none", [majority_head(None, y, s.train, n_classes) for s in labelled.splits], [None] * len(sets))
+    for name, model in backbones(args.checkpoints, device, args.seed):
+        features = [{k: v.to(device) for k, v in cached(model, fingerprint(s.paths, 224), functools.partial(
+            extract, model, s.paths, device)).items()} for _, s, _ in sets]
+        for head, (fit, grid) in heads.items():
+            chosen = [best_on_validation(fit, grid, features[0], y, s, n_classes, score) for s in labelled.splits]
+            test(name, head, [predict for predict, _ in chosen], features)
+            for row in results[-len(sets):]:
+                row |= {"chosen on validation": [setting for _, setting in chosen], "step": model.info["step"]}
+        shots += [{"backbone": name, "step": model.info["step"]} | row
+                  for row in few_shot(features[0], labelled, n_classes, few_shot_head, metrics, keys, args.seed)]
+        arch_of[name] = architecture(model)
+    pairs = [(c, f"random initialisation ({arch_of[c]})") for c in map(str, args.checkpoints)]
+    return results + shots + differences(outcomes, pairs, sets, metrics, keys, args.seed)
+
+
+def arguments(doc, task):
+    """The flags that both classification probes share."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", help="backbone files: ours, released DINOv2 weights, DINOv2 training checkpoints")
+    parser.add_argument("--data", help=f"data root for {task}; without it the synthetic set, made on first use")
+    parser.add_argument("--generalise", help="a second root of the same layout: every head fitted on --data is tested on all of "
+                        "it too (the synthetic set brings its own, another scope)")
+    parser.add_argument("--out", help="JSON file of the rows; without it beside the first checkpoint, or under runs/")
+    parser.add_argument("--seed", type=int, default=0, help="of the random initialisation, the few-shot draws and the bootstrap")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are computed")
+    return parser
+
+
+def open_sets(args, task):
+    """The labelled set of --data and that of --generalise (None where there is none), of the same classes."""
+    with one_sentence():
+        root = pathlib.Path(args.data or synthetic.ensure())
+        labelled = data.open_labelled(root, task)
+        other = args.generalise or (None if args.data else root / "scope2")
+        other = data.open_labelled(other, task) if other else None
+        for k, split in enumerate(labelled.splits):
+            counts = [len(split.train), len(split.val), len(split.test)]
+            if not all(counts):
+                raise ValueError(f"{labelled.name}: split {k} has {counts} training, validation and test frames; each must have some")
+        if other and other.classes != labelled.classes:
+            raise ValueError(f"--generalise: expected the classes {labelled.classes}, found {other.classes}")
+    return labelled, other
+
+
+def report(args, title, rows, labelled, other, metric, task):
+    """Complete the rows with their provenance, print the tables and confusion matrices, write the JSON."""
+    split = labelled.splits[0]
+    about = {"data": labelled.name, "split": f"{len(labelled.splits)} (first: {len(split.train)} training, {len(split.val)} validation, "
+             f"{len(split.test)} test frames)", "metric": metric, "frames": len(labelled.paths), "groups": len(set(labelled.groups)),
+             "unrelated data": other and f"{other.name}: {len(other.paths)} frames, {len(set(other.groups))} groups",
+             "seed": args.seed, "paper value": "not available"}
+    rows = [row | about for row in rows]
+    print(f"\n## {title}\n\n" + "\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
+    for table, caption in (("results", "Results"), ("few-shot", "A few labelled frames per class"),
+                           ("difference", "Checkpoint minus random initialisation, 95 % interval over groups")):
+        chosen = [row for row in rows if row["table"] == table]
+        if chosen:
+            print(f"\n### {caption}\n\n{markdown_table(chosen, hidden={'table', 'step', 'draws', *about})}")
+    for row in rows:
+        if "confusion" in row and row["head"] != "none":
+            print(f"\nConfusion, {row['backbone']}, {row['head']}, {row['tested on']} (rows true, columns predicted, summed over splits):\n")
+            print(markdown_table([{"true": c} | dict(zip(labelled.classes, n)) for c, n in zip(labelled.classes, row["confusion"])]))
+    first = pathlib.Path(args.checkpoints[0]) if args.checkpoints else pathlib.Path("runs/random.pt")
+    path = args.out or first.with_suffix(f".{task}.json")
+    write_rows(rows, path)
+    print(f"\nrows: {path}")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Landmarks
+
+
+def landmark_metrics(classes):
+    def metrics(true, pred, prob):
+        f1 = class_f1(true, pred, len(classes))
+        return {"accuracy": accuracy(true, pred), "macro F1": macro_f1(true, pred, len(classes))} | {
+            f"F1 {c}": f.item() for c, f in zip(classes, f1)}
+    return metrics
+
+
+def main(argv=None):
+    args = arguments(__doc__, "anatomical landmarks (HyperKvasir, or one folder per class)").parse_args(argv)
+    labelled, other = open_sets(args, "landmarks")
+    few_shot_head = functools.partial(linear_head, **FEW_SHOT)
+    rows = evaluate(args, labelled, other, HEADS, few_shot_head, landmark_metrics(labelled.classes), ["accuracy", "macro F1"], macro_f1)
+    return report(args, "Anatomical landmarks", rows, labelled, other, "macro F1 over all classes, an absent class counting 0", "landmarks")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The losses of DINOv2: projection head, teacher targets (Sinkhorn-Knopp or centring), DINO, iBOT and KoLeo.
+
+    targets = sinkhorn(teacher_logits, temp)                                  # (n, K) probabilities
+    dino_global, dino_local = dino_loss(student_global, student_local, targets.unflatten(0, (2, B)))
+    patch_loss = ibot_loss(student_patches, sinkhorn(teacher_patches, temp), masks)
+
+Logits are the head's output, (n, K) for K prototypes; everything here is computed in float32, also under autocast.
+B images, L local crops, M masked patches. A process group, where there is one, widens the batch that the teacher's
+normalisation sees; without one nothing changes.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+class DINOHead(nn.Module):
+    """Three-layer MLP to a bottleneck on the unit sphere, then one weight-normalised linear map to the prototypes.
+
+    (..., in_dim) -> (..., K) float32 logits. Both factors of weight norm are trained and decayed, as DINOv2 does (DINO froze
+    the magnitude); the directions keep PyTorch's default initialisation."""
+
+    def __init__(self, in_dim, n_prototypes, hidden_dim=2048, bottleneck_dim=256, n_layers=3):
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (n_layers - 1) + [bottleneck_dim]
+        layers = [nn.Linear(widths[0], widths[1])]
+        for n_in, n_out in zip(widths[1:], widths[2:]):
+            layers += [nn.GELU(), nn.Linear(n_in, n_out)]
+        self.mlp = nn.Sequential(*layers)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = Prototypes(bottleneck_dim, n_prototypes)
+
+    def forward(self, x):
+        x = self.mlp(x)                                          # (..., bottleneck)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.normalize(x.float(), dim=-1, eps=1e-12)        # 16-bit logits are too coarse at temperature 0.04
+            return self.last_layer(x)                            # (..., K)
+
+
+class Prototypes(nn.Module):
+    """y_k = g_k <v_k / |v_k|, x>: weight normalisation (Salimans and Kingma 2016), g starting at 1."""
+
+    def __init__(self, dim, n_prototypes):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1))
+        self.weight_v = nn.Parameter(nn.Linear(dim, n_prototypes, bias=False).weight.detach())
+
+    def forward(self, x):
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+# --- the teacher's targets --------------------------------------------------------------------------------------------
+
+
+def all_reduce(x, op="SUM"):
+    """x reduced over the process group, in place; x itself where there is no group. op: "SUM" or "MAX"."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
+    return x
+
+
+@torch.no_grad()
+def sinkhorn(logits, temp, n_iters=3):
+    """Sinkhorn-Knopp targets (Caron et al. 2020, SwAV): (n, K) logits -> (n, K) float32, rows sum to 1.
+
+    Alternately every prototype (column) is scaled to the same total over the rows of all processes, and every row to 1:
+    Q = diag(v) M diag(u) with M = exp(logits / temp). M is only ever read; the loop works on the two vectors (K,) and (n,).
+    The number of rows may differ between processes, and may be 0."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    ends = torch.stack([logits.amax(), -logits.amin()]) if len(logits) else logits.new_full((2,), -math.inf)
+    high, minus_low = all_reduce(ends, "MAX")     # of all processes: they must take the same branch
+    if (high + minus_low) / temp > 80:            # exp(-80) is a normal float32; much below it rows or columns of M vanish
+        return sinkhorn_log_domain(logits, temp, n_iters)
+    m = logits.sub(high).div_(temp).exp_()        # (n, K), at most 1
+    v = m.new_ones(len(m))                        # (n,) row factors
+    for _ in range(n_iters):
+        u = 1 / all_reduce(v @ m)                 # (K,) every column of diag(v) M diag(u), all rows: total 1
+        v = 1 / (m @ u)                           # (n,) every row: total 1
+    return m.mul_(u).mul_(v[:, None])
+
+
+def sinkhorn_log_domain(logits, temp, n_iters=3):
+    """The same result for any range of logits: the factors' logarithms, by log-sum-exp."""
+    m = logits / temp                                             # (n, K)
+    log_v = m.new_zeros(len(m))
+    for _ in range(n_iters):
+        column = m + log_v[:, None]
+        top = column.amax(0) if len(m) else m.new_full((m.shape[1],), -math.inf)
+        top = all_reduce(top, "MAX")                              # (K,)
+        log_u = -(top + all_reduce((column - top).exp_().sum(0)).log())
+        log_v = -torch.logsumexp(m + log_u, dim=1)
+    return torch.softmax(m + log_u, dim=1)
+
+
+@torch.no_grad()
+def centered_softmax(logits, center, temp):
+    """DINO's targets: (n, K) logits, (K,) centre -> (n, K) float32. The centre is that of the steps before this one."""
+    return torch.softmax((logits.float() - center) / temp, dim=-1)
+
+
+@torch.no_grad()
+def update_center(center, logits, momentum=0.9):
+    """The running mean of the teacher's logits (n, K), over all rows of all processes: (K,) -> new (K,) centre.
+
+    DINOv2 averages the processes' means for iBOT, where row counts differ; this is the mean over the rows themselves."""
+    total = all_reduce(torch.cat([logits.float().sum(0), center.new_tensor([len(logits)])]))   # (K + 1,)
+    if total[-1] == 0:
+        return center
+    return center * momentum + total[:-1] / total[-1] * (1 - momentum)
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(student, teacher, temp):
+    """-sum_k teacher * log softmax(student / temp), rows kept: (..., K), (..., K) -> (...)."""
+    return -(teacher * F.log_softmax(student.float() / temp, dim=-1)).sum(-1)
+
+
+def dino_loss(student_global, student_local, teacher, temp=0.1):
+    """Cross-entropy between crops of one image (DINO eq. 3, scaled as DINOv2 does).
+
+    student_global (2, B, K) and student_local (L, B, K) logits, teacher (2, B, K) probabilities, in the crops' natural order.
+    Every student crop is compared with every teacher crop but itself: 2 global pairs and 2L local ones. Returns the two
+    shares of the mean over the 2 + 2L pairs, (global, local); their sum is the loss."""
+    pairs = 2 + 2 * len(student_local)
+    across = cross_entropy(student_global, teacher.flip(0), temp).mean(1).sum()   # crop 1 against crop 2, crop 2 against crop 1
+    # a local crop meets both teacher crops: the cross-entropy is linear in the target, so it is computed once on their sum
+    local = cross_entropy(student_local, teacher.sum(0), temp).mean(1).sum()
+    return across / pairs, local / pairs
+
+
+def ibot_loss(student, teacher, masks, temp=0.1):
+    """Masked-patch prediction (iBOT eq. 2): student (M, K) logits and teacher (M, K) probabilities of the masked patches in the
+    order of masks.nonzero(); masks (2B, N) bool. The mean over an image's masked patches, summed, and divided by all 2B
+    images: as in DINOv2 the unmasked half counts in the denominator."""
+    per_image = masks.sum(1).clamp(min=1)                                         # (2B,)
+    weight = (1 / per_image)[masks.nonzero()[:, 0]]                               # (M,)
+    return (cross_entropy(student, teacher, temp) * weight).sum() / len(masks)
+
+
+def koleo_loss(x, eps=1e-8):
+    """Kozachenko-Leonenko entropy regulariser (Sablayrolles et al. 2019): spreads the batch over the sphere.
+
+    -mean_i log |x_i - x_nn(i)| of the normalised rows, x (B, D) of any float type -> scalar. Computed in float32, where eps
+    does not vanish; rows that coincide give a large finite value and a finite gradient. A batch of one has no neighbour: 0."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1, eps=eps)                               # (B, D)
+        if len(x) < 2:
+            return x.sum() * 0.0
+        with torch.no_grad():
+            nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)                      # (B,) largest cosine = smallest distance
+        distance = F.pairwise_distance(x, x[nearest], eps=eps)                    # (B,)
+        return -(distance + eps).log().mean()
+
+
+# --- is the run healthy? ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def collapse_stats(teacher_logits, temp):
+    """Signs of collapse in the teacher's plain softmax, which Sinkhorn-Knopp would hide; (n, K) logits of this process.
+
+    mean_entropy: of one row's distribution, in nats (ln K: uniform, the teacher says nothing). entropy_of_mean: of the
+    batch's mean distribution (near 0: every frame falls on the same prototypes). kl_to_uniform: ln K - mean_entropy (0: the
+    teacher says nothing). prototypes_used: how many prototypes are some row's largest."""
+    log_p = F.log_softmax(teacher_logits.float() / temp, dim=-1)                  # (n, K)
+    p = log_p.exp()
+    mean_entropy = -(p * log_p).sum(-1).mean()
+    mean_p = p.mean(0)
+    entropy_of_mean = -torch.xlogy(mean_p, mean_p).sum()
+    return {"mean_entropy": mean_entropy.item(), "entropy_of_mean": entropy_of_mean.item(),
+            "kl_to_uniform": math.log(p.shape[-1]) - mean_entropy.item(), "prototypes_used": teacher_logits.argmax(-1).unique().numel()}

@@ -1,0 +1,289 @@
+"""vit.py against the official code's numbers; packing, stochastic depth and loading against their definitions."""
+import json
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vit import ARCHS, VisionTransformer, build_vit, kept_rows, load_backbone, save_backbone
+
+META = json.loads((pathlib.Path(__file__).parent / "reference" / "meta.json").read_text())
+CASES = [name for name in META if name.startswith("vit_")]
+SIZES = [(224, 224), (98, 98), (154, 280)]
+# the official files of these cases hold every 7th patch token
+PATCH_STEP = 7
+
+
+def small(name, filled):
+    m = META[name]
+    ffn = "swiglu" if m.get("ffn", "mlp").startswith("swiglu") else "mlp"
+    return filled(VisionTransformer(m["dim"], m["depth"], m["heads"], ffn, m.get("reg", 0), m["img_size"])).eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_shapes_and_order_of_the_state_dict(name, filled):
+    state = small(name, filled).state_dict()
+    assert [(k, list(v.shape)) for k, v in state.items()] == list(META[name]["keys"].items())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("H,W", SIZES)
+def test_forward_equals_official(name, H, W, filled, reference, named_input):
+    model, r = small(name, filled), reference(name)
+    images = named_input(f"image_{H}x{W}", (2, 3, H, W))
+    masks = torch.from_numpy(mask_of_the_reference(H // 14 * (W // 14)))
+    with torch.no_grad():
+        outs = {"": model(images), "masked_": model(images, masks)}
+        outs["layer0_"], outs["layer1_"] = model.intermediate(images, [model.depth - 2, -1])
+    for prefix, out in outs.items():
+        assert_close(out["cls"], torch.from_numpy(r[f"{H}x{W}/{prefix}cls"]), rtol=1e-5, atol=5e-6)
+        assert_close(out["patches"][:, ::PATCH_STEP], torch.from_numpy(r[f"{H}x{W}/{prefix}patch"]), rtol=1e-5, atol=5e-6)
+    if model.registers:
+        assert_close(outs[""]["registers"], torch.from_numpy(r[f"{H}x{W}/reg"]), rtol=1e-5, atol=5e-6)
+
+
+def mask_of_the_reference(n_patches):
+    return np.random.RandomState(5).rand(2, n_patches) < 0.4
+
+
+@pytest.mark.parametrize("name", ["vits14", "vitb14", "vitl14"])
+def test_full_size_equals_official(name, filled, reference, named_input):
+    r = reference("vit_full")
+    with torch.device("meta"):
+        model = build_vit(name, image_size=518)
+    model = filled(model.to_empty(device="cpu")).eval()
+    assert sum(p.numel() for p in model.parameters()) == int(r[f"{name}/n_params"]) == META[name]["n_params"]
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == META[name]["keys"]
+    with torch.no_grad():
+        out = model(named_input("image_full", (1, 3, 224, 224)))
+    assert_close(out["cls"], torch.from_numpy(r[f"{name}/cls"]), rtol=1e-4, atol=1e-4)
+    assert_close(out["patches"][:, ::32], torch.from_numpy(r[f"{name}/patch"]), rtol=1e-4, atol=1e-4)
+
+
+def test_vitg14_has_the_published_size():
+    with torch.device("meta"):
+        model = build_vit("vitg14", image_size=518)
+    state = model.state_dict()
+    assert sum(p.numel() for p in model.parameters()) == 1_136_480_768
+    assert len(state) == 567
+    assert state["blocks.39.mlp.w12.weight"].shape == (2 * 4096, 1536)
+
+
+@pytest.mark.parametrize("name", list(ARCHS))
+def test_every_architecture_has_heads_of_64(name):
+    with torch.device("meta"):
+        model = build_vit(name)
+    assert model.dim == 64 * model.heads and model.registers == (4 if name.endswith("_reg4") else 0)
+
+
+def test_unknown_architecture_lists_the_known():
+    with pytest.raises(ValueError, match="vitb14"):
+        build_vit("vitx14")
+
+
+# --- initialisation ---------------------------------------------------------------------------------------------------
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = build_vit("vitt14_reg4")
+    assert model.blocks[5].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert (model.blocks[5].mlp.fc1.bias == 0).all()
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.03)
+    assert 0 < model.cls_token.abs().max() < 1e-5 and 0 < model.register_tokens.abs().max() < 1e-5
+    assert (model.mask_token == 0).all() and (model.blocks[0].ls1.gamma == 1e-5).all()
+    bound = (3 * 14 * 14) ** -0.5  # the convolution keeps PyTorch's uniform default, bias included
+    assert model.patch_embed.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert model.patch_embed.proj.bias.abs().max() > 0
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_packed_equals_separate_with_gradients(registers, filled):
+    model = filled(VisionTransformer(64, 2, 2, registers=registers, image_size=56))
+    g = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, 3, 56, 56, generator=g), torch.randn(5, 3, 28, 42, generator=g)]
+    masks = [torch.rand(3, 16, generator=g) < 0.5, None]
+    packed = model.forward_packed(images, masks)
+    separate = [model(i, m) for i, m in zip(images, masks)]
+    gradients = []
+    for outs in (packed, separate):
+        for a, b in zip(outs, separate):
+            assert_close(a, b, rtol=1e-5, atol=1e-5)
+        loss = sum((o["cls"] ** 3).sum() + (o["patches"] ** 2).mean() for o in outs)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    for a, b in zip(*gradients):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_patches_show_nothing_of_the_image(filled):
+    model = filled(VisionTransformer(64, 2, 2, image_size=28)).eval()
+    a, b = torch.randn(1, 3, 28, 28), torch.randn(1, 3, 28, 28)
+    all_masked = torch.ones(1, 4, dtype=torch.bool)
+    assert_close(model(a, all_masked), model(b, all_masked))
+    patches = model(a, all_masked)["patches"][0]
+    assert (patches[0] - patches[1]).abs().max() > 1e-3  # they keep their position
+
+
+def test_size_that_does_not_divide_into_patches():
+    with pytest.raises(ValueError, match="100x84 .* 98x84"):
+        build_vit("vitt14")(torch.zeros(1, 3, 100, 84))
+
+
+# --- stochastic depth -------------------------------------------------------------------------------------------------
+
+
+def test_kept_counts_are_official():
+    model = VisionTransformer(64, 2, 1, image_size=28, drop_path=0.3)
+    # max(int(b * 0.7), 1): a batch of one is never dropped, small batches lose more than 30 %
+    kept = model.draw_kept([1, 2, 4, 8, 16, 20])
+    assert [k.shape for k in kept] == [(2, 2, n) for n in (1, 1, 2, 5, 11, 14)]
+    assert all((k.sort(-1).values.diff(dim=-1) > 0).all() for k in kept)          # no sample twice
+    assert not torch.equal(kept[5][0, 0], kept[5][0, 1])                          # a fresh draw per branch
+    assert model.eval().draw_kept([4]) is None
+    a, b = (model.train().draw_kept([9, 5], torch.Generator().manual_seed(7)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_stochastic_depth_is_the_rescaled_branch_of_the_kept_samples(filled):
+    """Written out sample by sample, per crop group and branch, from the block's own parts."""
+    model = filled(VisionTransformer(64, 3, 2, image_size=56, drop_path=0.4)).train()
+    images = [torch.randn(5, 3, 56, 56), torch.randn(4, 3, 28, 28)]
+    kept = model.draw_kept([5, 4], torch.Generator().manual_seed(0))
+    ours = model.forward_packed(images, [None, None], kept)
+    for group, k, out in zip(images, kept, ours):
+        x = model.embed(group)                                                    # (B, T, D)
+        for i, block in enumerate(model.blocks):
+            for branch, (norm, scale) in enumerate([(block.norm1, block.ls1), (block.norm2, block.ls2)]):
+                y = x.clone()
+                for sample in k[i, branch].tolist():
+                    z = norm(x[sample])
+                    z = block.attn(z, ((1, len(z)),)) if branch == 0 else block.mlp(z)
+                    y[sample] = x[sample] + scale(z) * len(group) / k.shape[-1]
+                x = y
+        assert_close(out["patches"], model.norm(x)[:, 1:], rtol=1e-4, atol=1e-5)
+        assert_close(out["cls"], model.norm(x)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_computes_the_kept_samples_alone(monkeypatch):
+    seen = []
+    original = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (seen.append(len(x)), original(self, x))[1])
+    model = VisionTransformer(64, 1, 1, image_size=28, drop_path=0.5).train()
+    model(torch.zeros(8, 3, 28, 28))
+    assert seen == [4 * 5] * 4  # qkv, proj, fc1, fc2 on 4 of 8 images of 5 tokens
+
+
+def test_kept_rows():
+    kept = [torch.tensor([[[2], [0]]]), torch.tensor([[[1, 0], [0, 1]]])]          # depth 1, two branches
+    rows, factor, runs = kept_rows(kept, ((3, 2), (2, 3)))
+    assert rows.tolist() == [[[4, 5, 9, 10, 11, 6, 7, 8], [0, 1, 6, 7, 8, 9, 10, 11]]]
+    assert factor[:, 0].tolist() == [3, 3, 1, 1, 1, 1, 1, 1] and runs == ((1, 2), (2, 3))
+
+
+def test_activation_checkpointing_gives_the_same_gradients(filled):
+    model = filled(VisionTransformer(64, 2, 2, image_size=28, drop_path=0.5)).train()
+    images, gradients = torch.randn(6, 3, 28, 28), []
+    kept = model.draw_kept([6], torch.Generator().manual_seed(0))
+    for model.checkpoint_activations in (False, True):
+        loss = (model(images, kept=kept)["cls"] ** 3).sum()
+        gradients.append(torch.autograd.grad(loss, [p for n, p in model.named_parameters() if n != "mask_token"]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def released(name="vitt14", **overrides):
+    """A state dict as the official files hold it, from a small model with random weights."""
+    return build_vit(name, depth=4, image_size=56, **overrides).state_dict()
+
+
+def same(model, state):
+    return all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("overrides", [{}, {"ffn": "swiglu"}, {"registers": 4}])
+def test_load_released_training_and_own_files(tmp_path, overrides, capsys):
+    state = released(**overrides)
+    chunked = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("blocks.")}
+    for k, v in state.items():  # two chunks of two blocks; the index inside a chunk counts from the first block of all
+        if k.startswith("blocks."):
+            i = int(k.split(".")[1])
+            chunked[f"backbone.blocks.{i // 2}.{k.removeprefix('blocks.')}"] = v
+    chunked["dino_head.last_layer.weight_g"] = torch.ones(8, 1)
+    files = {"released": state, "training": {"teacher": chunked}, "prefixed": {f"backbone.{k}": v for k, v in state.items()}}
+    for name, file in files.items():
+        torch.save(file, tmp_path / f"{name}.pth")
+        model = load_backbone(tmp_path / f"{name}.pth")
+        assert same(model, state) and not model.training and model.heads == 3
+        assert str(tmp_path / f"{name}.pth") in capsys.readouterr().out
+    save_backbone(tmp_path / "ours.pt", model, "vitt14", step=7, metrics={"kappa": 0.5})
+    model = load_backbone(tmp_path / "ours.pt")
+    assert same(model, state) and model.info["step"] == 7 and model.info["metrics"] == {"kappa": 0.5}
+    assert [f.name for f in tmp_path.iterdir() if ".tmp" in f.name] == []
+
+
+def test_load_names_the_architecture(tmp_path):
+    for name in ("vitt14", "vits14_reg4"):
+        save_backbone(tmp_path / "b.pt", build_vit(name), name)
+        assert load_backbone(tmp_path / "b.pt").arch == name
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_load_resizes_the_position_embedding_as_forward_does(tmp_path, registers):
+    torch.save(released(registers=registers), tmp_path / "b.pth")
+    kept, resized = load_backbone(tmp_path / "b.pth"), load_backbone(tmp_path / "b.pth", image_size=98)
+    assert kept.pos_embed.shape[1] == 17 and resized.pos_embed.shape[1] == 50
+    images = torch.randn(1, 3, 98, 98)
+    assert_close(kept(images), resized(images))
+
+
+def test_load_is_strict(tmp_path):
+    def message(state):
+        torch.save(state, tmp_path / "b.pth")
+        with pytest.raises(ValueError) as error:
+            load_backbone(tmp_path / "b.pth")
+        assert str(tmp_path / "b.pth") in str(error.value)
+        return str(error.value)
+
+    state = released()
+    assert "1 missing (blocks.1.ls1.gamma)" in message({k: v for k, v in state.items() if k != "blocks.1.ls1.gamma"})
+    assert "1 surplus (classifier)" in message(state | {"classifier": torch.ones(1)})
+    assert "1 misshapen (norm.bias (5,) for (192,))" in message(state | {"norm.bias": torch.ones(5)})
+    assert "no square grid" in message(state | {"pos_embed": torch.ones(1, 16, 192)})
+    assert "lacks part" in message({k: v for k, v in state.items() if k != "pos_embed"})
+    assert "no backbone" in message({"optimizer": {"state": {}}, "step": 3})
+    assert "list" in message([1, 2])
+
+
+class Malicious:
+    def __reduce__(self):
+        return (pathlib.Path.touch, (pathlib.Path("executed"),))
+
+
+def test_load_refuses_bad_files_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(released(), "whole.pth")
+    whole = pathlib.Path("whole.pth").read_bytes()
+    pathlib.Path("truncated.pth").write_bytes(whole[: len(whole) // 2])
+    pathlib.Path("text.pth").write_text("accuracy 0.9\n")
+    pathlib.Path("empty.pth").write_bytes(b"")
+    torch.save({"cls_token": Malicious()}, "code.pth")
+    pathlib.Path("code.pkl").write_bytes(pickle.dumps({"cls_token": Malicious()}, protocol=2))
+    for name, words in {"truncated.pth": "truncated", "text.pth": "not a PyTorch checkpoint", "empty.pth": "not a PyTorch checkpoint",
+                        "code.pth": "could run code", "code.pkl": "could run code"}.items():
+        with pytest.raises(ValueError, match=words) as error:
+            load_backbone(name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not pathlib.Path("executed").exists()
+    with pytest.raises(FileNotFoundError):
+        load_backbone("absent.pth")

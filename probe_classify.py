@@ -113,7 +113,7 @@ def minimise(objective, params, tolerance=1e-7, max_iter=2000):
     with torch.enable_grad():
         solver.step(closure)
         closure()
-    worst = max(p.grad.abs().max().item() for p in params)
+    worst = torch.cat([p.grad.flatten() for p in params]).abs().max().item()
     if worst > 100 * tolerance:
         warnings.warn(f"L-BFGS stopped with a gradient entry of {worst:.1e} after {max_iter} iterations")
 

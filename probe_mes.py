@@ -6,10 +6,20 @@
     python probe_mes.py --curve runs/demo                           Figure 1: total loss and kappa against the step
     python probe_mes.py --histogram --data data/LIMUC               Figure 2: frames per class
 """
+import functools
+import itertools
+import json
+import pathlib
+import re
+
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
-from probe_classify import accuracy, confusion, extract, fit_linear, knn_predict, macro_f1
+import vit
+from probe_classify import (FEW_SHOT, GRID, accuracy, arguments, confusion, evaluate, extract, knn_head, linear_head, macro_f1,
+                            markdown_table, minimise, one_sentence, open_sets, report, standardised_input)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -29,10 +39,86 @@ def quadratic_kappa(true, pred, n_classes=4):
     return (1 - (cost * c).sum() / expected).item() if expected > 0 else 0.0
 
 
-def balance(y, n_classes, power=1.0):
-    """(n_classes,) loss weights 1 / frequency^power: 1 lets every class count the same, 0 every frame. Absent classes weigh 0."""
+def auc(positive, score):
+    """Probability that a positive scores above a negative, ties counting half; nan where one of the two is missing."""
+    positive, score = np.asarray(positive, dtype=bool), np.asarray(score)
+    n_pos, n_neg = positive.sum(), (~positive).sum()
+    if not n_pos or not n_neg:
+        return float("nan")
+    _, tied, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[tied]                                               # mean rank of the tied, from 1
+    return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def mes_metrics(classes):
+    """Metrics of the grades, and of remission (MES 0-1) with MES 2-3 as the positive class, as LIMUC's own evaluation has it:
+    sensitivity is the share of active disease that is found. A quotient without frames is nan.
+    """
+    active = torch.tensor([int(re.search(r"\d", c)[0]) >= 2 for c in classes])
+    ratio = lambda a, b: float(a) / float(b) if b else float("nan")
+
+    def metrics(true, pred, prob):
+        t, p = active[true], active[pred]
+        hit, negative = (t & p).sum(), (~t).sum()
+        return {"kappa": quadratic_kappa(true, pred, len(classes)), "macro F1": macro_f1(true, pred, len(classes)),
+                "accuracy": accuracy(true, pred), "sensitivity": ratio(hit, t.sum()), "specificity": ratio((~t & ~p).sum(), negative),
+                "F1": ratio(2 * hit, t.sum() + p.sum()), "AUC": auc(t, prob[:, active].sum(1))}
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: each a fit(features, y, rows, n_classes, ...) -> predict(features, rows), as in probe_classify.py
+
+
+def balance(y, n_classes, power):
+    """(n_classes,) loss weights frequency^-power: at 0 every frame counts the same, at 1 every class. Absent classes weigh 0."""
     count = torch.bincount(y, minlength=n_classes).double()
     return torch.where(count > 0, count.clamp(min=1).pow(-power), 0.0)
+
+
+def softmax_head(features, y, rows, n_classes, blocks, patch, l2, power):
+    return linear_head(features, y, rows, n_classes, blocks, patch, l2, balance(y[rows], n_classes, power))
+
+
+def fit_ordinal(x, y, n_classes, l2, weight=None):
+    """Proportional odds (McCullagh 1980): P(y <= c) = sigmoid(theta_c - w.x) with theta increasing; the (weighted) mean negative
+    log-likelihood + l2/2 |w|^2 by L-BFGS in float64. Returns w (D,), theta (C - 1,).
+    """
+    x, y = x.double(), y.to(x.device)
+    weight = x.new_ones(len(y)) if weight is None else weight.to(x)[y]
+    w = x.new_zeros(x.shape[1], requires_grad=True)
+    first = x.new_full((1,), 1 - n_classes / 2, requires_grad=True)
+    gaps = x.new_zeros(n_classes - 2, requires_grad=True)   # log of theta_c - theta_(c-1): keeps the thresholds in order
+
+    def thresholds():
+        return torch.cat([first, first + gaps.exp().cumsum(0)])                                     # (C - 1,)
+
+    def objective():
+        upper = F.pad(thresholds(), (0, 1), value=torch.inf)[y] - x @ w                             # (n,)
+        lower = F.pad(thresholds(), (1, 0), value=-torch.inf)[y] - x @ w
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - e^(l - u)), whose logarithm does not cancel
+        width = F.pad(gaps.exp(), (1, 1), value=torch.inf)[y]
+        likelihood = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
+        return -(weight * likelihood).sum() / weight.sum() + l2 / 2 * w.square().sum()
+
+    minimise(objective, [w, first, gaps])
+    return w.detach(), thresholds().detach()
+
+
+def ordinal_head(features, y, rows, n_classes, blocks, patch, l2, power):
+    """One direction and ordered thresholds. The label is the median grade: the first c with P(y <= c) >= 1/2."""
+    inputs = standardised_input(features, rows, blocks, patch)
+    w, theta = fit_ordinal(inputs(features, rows), y[rows], n_classes, l2, balance(y[rows], n_classes, power))
+
+    def predict(features, rows):
+        below = torch.sigmoid(theta - (inputs(features, rows).double() @ w)[:, None]).cpu()         # (n, C - 1)
+        at_most = F.pad(F.pad(below, (1, 0)), (0, 1), value=1.0)                                    # (n, C + 1): from 0 to 1
+        return at_most.diff(dim=1).float(), (below < 0.5).sum(1)
+    return predict
+
+
+BALANCED_GRID = [setting | {"power": power} for setting, power in itertools.product(GRID, (1, 0))]
+HEADS = {"kNN": (knn_head, [{}]), "softmax": (softmax_head, BALANCED_GRID), "ordinal": (ordinal_head, BALANCED_GRID)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,20 +128,158 @@ def balance(y, n_classes, power=1.0):
 def online_score(model, labelled, device):
     """{"kappa", "macro_f1", "accuracy", "knn_kappa"} on the validation groups of split 0; its test frames are never read.
 
-    A class-balanced linear head of fixed strength on the last block's class and mean patch token, and kNN on the class token:
-    nothing is chosen, so that points of one run compare. The model's mode and the random state stay as they were.
+    A class-balanced softmax head of fixed strength on the last block's class and mean patch token, and kNN on the class token:
+    nothing is chosen, so that the points of a run compare. The model's mode and the random state stay as they were.
     """
     split, n_classes = labelled.splits[0], len(labelled.classes)
     if not len(split.train) or not len(split.val):
         raise ValueError(f"{labelled.name}: the online probe needs training and validation frames in split 0, "
                          f"found {len(split.train)} and {len(split.val)}")
     rows = np.concatenate([split.train, split.val])
-    features = extract(model, [labelled.paths[i] for i in rows], device)
-    y, n = torch.from_numpy(labelled.labels[rows]), len(split.train)
-    cls = features["cls"][:, -1]                                                                    # (n, D)
-    x = torch.cat([cls, features["patch"]], 1)                                                      # (n, 2D)
-    x = (x - x[:n].mean(0)) / x[:n].std(0, correction=0).clamp(min=1e-6)
-    pred = fit_linear(x[:n], y[:n], n_classes, l2=0.1, weight=balance(y[:n], n_classes))(x[n:]).argmax(1)
-    knn = knn_predict(cls[:n], y[:n], cls[n:], n_classes=n_classes)
-    return {"kappa": quadratic_kappa(y[n:], pred, n_classes), "macro_f1": macro_f1(y[n:], pred, n_classes),
-            "accuracy": accuracy(y[n:], pred), "knn_kappa": quadratic_kappa(y[n:], knn, n_classes)}
+    features, y = extract(model, [labelled.paths[i] for i in rows], device), torch.from_numpy(labelled.labels[rows])
+    train, val = np.arange(len(split.train)), np.arange(len(split.train), len(rows))
+    _, pred = softmax_head(features, y, train, n_classes, **FEW_SHOT, power=1)(features, val)
+    _, knn = knn_head(features, y, train, n_classes)(features, val)
+    return {"kappa": quadratic_kappa(y[val], pred, n_classes), "macro_f1": macro_f1(y[val], pred, n_classes),
+            "accuracy": accuracy(y[val], pred), "knn_kappa": quadratic_kappa(y[val], knn, n_classes)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures, drawn at twice the size and reduced, which smooths their edges
+
+INK, GRID_INK, BLUE, ORANGE = "#222222", "#dddddd", "#1f5fa8", "#d1600a"
+SCALE = 2
+
+
+def text(draw, xy, words, size=15, anchor="mm", ink=INK):
+    draw.text([SCALE * v for v in xy], words, fill=ink, font=ImageFont.load_default(SCALE * size), anchor=anchor)
+
+
+def line(draw, points, ink=INK, width=1):
+    draw.line([(SCALE * x, SCALE * y) for x, y in points], fill=ink, width=SCALE * width, joint="curve")
+
+
+def ticks(low, high, most=6):
+    """At most `most` round values (1, 2 or 5 times a power of ten apart) that lie in low..high."""
+    rough = max(high - low, 1e-9) / most
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # no -0
+
+
+def axes(draw, box, x_range, y_range, label, x_words=None):
+    """Frame, ticks and title of a panel in box (left, top, right, bottom), ticks at x_words {x: words} or at round numbers;
+    returns the function (x, y) -> position.
+    """
+    left, top, right, bottom = box
+
+    def place(x, y):
+        return (left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left),
+                bottom - (y - y_range[0]) / (y_range[1] - y_range[0]) * (bottom - top))
+
+    for y in ticks(*y_range):
+        line(draw, [(left, place(0, y)[1]), (right, place(0, y)[1])], GRID_INK)
+        text(draw, (left - 8, place(0, y)[1]), f"{y:,.10g}", anchor="rm")
+    for x, words in (x_words or {x: f"{x:,.0f}" for x in ticks(*x_range)}).items():
+        line(draw, [(place(x, 0)[0], bottom), (place(x, 0)[0], bottom + 5)])
+        text(draw, (place(x, 0)[0], bottom + 18), words)
+    line(draw, [(left, top), (left, bottom), (right, bottom)])
+    text(draw, (left, top - 18), label, size=16, anchor="lm")
+    return place
+
+
+def canvas(width, height):
+    image = Image.new("RGB", (SCALE * width, SCALE * height), "white")
+    return image, ImageDraw.Draw(image)
+
+
+def save_figure(image, path):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width // SCALE, image.height // SCALE), Image.LANCZOS).save(path)
+    print(f"figure: {path}")
+
+
+def padded(values):
+    """The range of the values with a tenth of room on both sides."""
+    low, high = min(values), max(values)
+    room = 0.1 * (high - low) or 0.1
+    return low - room, high + room
+
+
+def draw_curve(losses, online, exported, path, title):
+    """Figure 1 as two panels over one step axis. Each argument: a list of (step, value)."""
+    image, draw = canvas(820, 620)
+    steps = 0, 1.02 * max(max(step for step, _ in losses + online + exported), 1)
+    text(draw, (410, 22), title, size=18)
+    place = axes(draw, (80, 80, 790, 290), steps, padded([v for _, v in losses]), "total pre-training loss")
+    line(draw, [place(*p) for p in losses], BLUE, 2)
+    place = axes(draw, (80, 350, 790, 560), steps, padded([v for _, v in online + exported]), "quadratic weighted kappa, validation groups")
+    for points, ink, name, x in ((online, BLUE, "online probe", 520), (exported, ORANGE, "exported teachers", 645)):
+        if points:
+            line(draw, [place(*p) for p in points], ink, 2)
+            for px, py in [place(*p) for p in points] + [(x - 8, 332)]:
+                draw.ellipse([SCALE * (px - 4), SCALE * (py - 4), SCALE * (px + 4), SCALE * (py + 4)], fill=ink)
+            text(draw, (x, 332), name, anchor="lm", ink=ink)
+    text(draw, (435, 602), "step", size=16)
+    save_figure(image, path)
+
+
+def curve(run, labelled, device, out):
+    """Figure 1 of a run folder: the loss and online probe of log.jsonl, and its teacher_<step>.pt scored here."""
+    run = pathlib.Path(run)
+    if not (run / "log.jsonl").exists():
+        raise SystemExit(f"--curve {run}: expected a run folder of pretrain.py with a log.jsonl, found none")
+    log = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    losses = [(r["step"], r["loss"]) for r in log if "loss" in r]
+    online = [(r["step"], r["probe"]["kappa"]) for r in log if "probe" in r]
+    rows = []
+    for path in sorted(run.glob("teacher_*.pt"), key=lambda p: int(p.stem.split("_")[1])):
+        with one_sentence():
+            model = vit.load_backbone(path, device)
+            rows.append({"checkpoint": str(path), "step": model.info["step"]} | online_score(model, labelled, device))
+    if not losses or not (online or rows):
+        raise SystemExit(f"--curve {run}: {len(losses)} logged losses, {len(online)} online probes and {len(rows)} exported teachers; the "
+                         "figure needs losses and one of the other two (pretrain.py --probe-every, --export-every)")
+    print(f"{labelled.name}: validation groups of split 0, paper value not available\n\n{markdown_table(rows)}")
+    draw_curve(losses, online, [(r["step"], r["kappa"]) for r in rows], out or run / "curve.png", f"{run.name}: {labelled.name}")
+    return rows
+
+
+def histogram(labelled, out):
+    """Figure 2: frames per class."""
+    count = np.bincount(labelled.labels, minlength=len(labelled.classes))
+    rows = [{"class": c, "frames": int(n), "share": float(n / count.sum())} for c, n in zip(labelled.classes, count)]
+    image, draw = canvas(820, 520)
+    text(draw, (410, 22), f"{labelled.name}: {count.sum():,} frames", size=18)
+    names = {i + 0.5: c for i, c in enumerate(labelled.classes)}
+    place = axes(draw, (90, 80, 790, 460), (0, len(count)), (0, 1.12 * max(count.max(), 1)), "frames per class", names)
+    for x, row in zip(names, rows):
+        (left, top), (right, bottom) = place(x - 0.3, row["frames"]), place(x + 0.3, 0)
+        draw.rectangle([SCALE * left, SCALE * top, SCALE * right, SCALE * bottom], fill=BLUE)
+        text(draw, ((left + right) / 2, top - 12), f"{row['frames']:,} ({row['share']:.1%})")
+    save_figure(image, out or "runs/mes_histogram.png")
+    print(markdown_table(rows))
+    return rows
+
+
+def main(argv=None):
+    parser = arguments(__doc__, "the Mayo endoscopic score (LIMUC, or HyperKvasir's ulcerative colitis grades 1/2/3)")
+    parser.add_argument("--curve", metavar="RUN", help="draw Figure 1 of this run folder instead, as a PNG in it (or --out)")
+    parser.add_argument("--histogram", action="store_true", help="draw Figure 2 instead, as a PNG under runs/ (or --out)")
+    args = parser.parse_args(argv)
+    labelled, other = open_sets(args, "mes")
+    if args.curve:
+        return curve(args.curve, labelled, args.device, args.out)
+    if args.histogram:
+        return histogram(labelled, args.out)
+    few_shot_head = functools.partial(linear_head, **FEW_SHOT)
+    rows = evaluate(args, labelled, other, HEADS, few_shot_head, mes_metrics(labelled.classes), ["kappa", "macro F1", "accuracy"],
+                    quadratic_kappa)
+    stand_in = "" if len(labelled.classes) == 4 else ", three grades only: a smaller stand-in for the four of LIMUC"
+    return report(args, f"Mayo endoscopic score{stand_in}", rows, labelled, other,
+                  "quadratic weighted kappa; sensitivity, specificity, F1 and AUC with MES 2-3 (no remission) as the positive class", "mes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """The losses of DINOv2: projection head, teacher targets (Sinkhorn-Knopp or centring), DINO, iBOT and KoLeo.
 
-    targets = sinkhorn(teacher_logits, temp)                                  # (n, K) probabilities
-    dino_global, dino_local = dino_loss(student_global, student_local, targets.unflatten(0, (2, B)))
-    patch_loss = ibot_loss(student_patches, sinkhorn(teacher_patches, temp), masks)
+    targets = teacher_targets(teacher_global, temp)                           # of (2, B, K) logits
+    dino_global, dino_local = dino_loss(student_global, student_local, targets)
+    patch_loss = ibot_loss(student_patches, teacher_targets(teacher_patches, temp), masks)
 
 Logits are the head's output, (n, K) for K prototypes; everything here is computed in float32, also under autocast.
 B images, L local crops, M masked patches. A process group, where there is one, widens the batch that the teacher's
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+from custom_kernels import prototype_loss
 
 
 class DINOHead(nn.Module):
@@ -114,6 +116,19 @@ def update_center(center, logits, momentum=0.9):
     return center * momentum + total[:-1] / total[-1] * (1 - momentum)
 
 
+@torch.no_grad()
+def teacher_targets(logits, temp, center=None):
+    """What the losses below take as `teacher`, from its logits (..., K): Sinkhorn-Knopp over all rows, or centring with center (K,).
+
+    Probabilities of the logits' shape; on a GPU instead prototype_loss.Targets, from which the kernels rebuild them as they read."""
+    rows = logits.flatten(0, -2)                                                  # (n, K)
+    if prototype_loss.use_triton(rows):
+        bias = prototype_loss.sinkhorn_bias(rows, temp) if center is None else -center / temp
+        return prototype_loss.Targets(logits, bias, temp)
+    targets = sinkhorn(rows, temp) if center is None else centered_softmax(rows, center, temp)
+    return targets.view(logits.shape)
+
+
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
@@ -125,23 +140,30 @@ def cross_entropy(student, teacher, temp):
 def dino_loss(student_global, student_local, teacher, temp=0.1):
     """Cross-entropy between crops of one image (DINO eq. 3, scaled as DINOv2 does).
 
-    student_global (2, B, K) and student_local (L, B, K) logits, teacher (2, B, K) probabilities, in the crops' natural order.
+    student_global (2, B, K) and student_local (L, B, K) logits, teacher (2, B, K) targets, in the crops' natural order.
     Every student crop is compared with every teacher crop but itself: 2 global pairs and 2L local ones. Returns the two
     shares of the mean over the 2 + 2L pairs, (global, local); their sum is the loss."""
     pairs = 2 + 2 * len(student_local)
-    across = cross_entropy(student_global, teacher.flip(0), temp).mean(1).sum()   # crop 1 against crop 2, crop 2 against crop 1
-    # a local crop meets both teacher crops: the cross-entropy is linear in the target, so it is computed once on their sum
-    local = cross_entropy(student_local, teacher.sum(0), temp).mean(1).sum()
-    return across / pairs, local / pairs
+    if isinstance(teacher, prototype_loss.Targets):  # the same two lines, with the pairs told by B rows between the teacher's crops
+        B = student_global.shape[1]
+        across = prototype_loss.cross_entropy(student_global, teacher, temp, shift=B)
+        local = prototype_loss.cross_entropy(student_local, teacher, temp, shift=B, n_targets=2)
+    else:
+        across = cross_entropy(student_global, teacher.flip(0), temp)             # crop 1 against crop 2, crop 2 against crop 1
+        # a local crop meets both teacher crops: the cross-entropy is linear in the target, so it is computed once on their sum
+        local = cross_entropy(student_local, teacher.sum(0), temp)
+    return across.mean(1).sum() / pairs, local.mean(1).sum() / pairs              # of (2, B) and (L, B)
 
 
 def ibot_loss(student, teacher, masks, temp=0.1):
-    """Masked-patch prediction (iBOT eq. 2): student (M, K) logits and teacher (M, K) probabilities of the masked patches in the
+    """Masked-patch prediction (iBOT eq. 2): student (M, K) logits and teacher (M, K) targets of the masked patches in the
     order of masks.nonzero(); masks (2B, N) bool. The mean over an image's masked patches, summed, and divided by all 2B
     images: as in DINOv2 the unmasked half counts in the denominator."""
     per_image = masks.sum(1).clamp(min=1)                                         # (2B,)
     weight = (1 / per_image)[masks.nonzero()[:, 0]]                               # (M,)
-    return (cross_entropy(student, teacher, temp) * weight).sum() / len(masks)
+    fused = isinstance(teacher, prototype_loss.Targets)
+    loss = (prototype_loss.cross_entropy if fused else cross_entropy)(student, teacher, temp)   # (M,)
+    return (loss * weight).sum() / len(masks)
 
 
 def koleo_loss(x, eps=1e-8):

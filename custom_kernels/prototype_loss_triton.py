@@ -1,0 +1,174 @@
+"""Triton kernels for Sinkhorn-Knopp and the prototype cross-entropies: every pass streams logits and stores no K-wide temporary.
+
+With K = 65,536 prototypes one row of float32 logits is 256 KiB, and a ViT step with 64 images has 5,043 teacher rows and
+5,555 student rows (1.32 and 1.46 GB). Arithmetic is nearly free beside moving them, so the design counts reads and writes:
+
+                                          as usually written                      here
+    Sinkhorn, 3 iterations                ~40 passes over (n, K) float32          5 reads
+    cross-entropy, forward                ~10, with the targets stored            1 read of student and teacher
+    cross-entropy, backward               ~6                                      1 read of both, 1 write of the gradient
+    whole step                            ~81 GB                                  14 GB in float32, 7 GB in float16
+
+What makes it possible: a target is softmax_k(teacher / temp + bias), so two numbers per row and one per column rebuild any
+entry wherever it is needed.
+
+    log-sum-exp over rows                  over columns                            cross-entropy
+    one program = one row                  one program = 256 columns of a          one program = one student row and
+    K -->                                  slice of rows   K -->                   its T teacher rows, K -->
+    [####|    |    |    ] -> lse[i]        [ ## |   ]                              [####|    |    |    ] student i
+                                           [ ## |   ]  | then the slices           [####|    |    |    ] teacher (i + shift) % m
+                                             v         v are joined                [####|    |    |    ] teacher (i + 2 shift) % m
+
+All sums are float32, in a fixed order (no atomics): two runs agree bit for bit.
+"""
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e30)  # a running maximum starts here, not at -inf, because (-inf) - (-inf) is not a number
+COLUMNS = 1024  # columns per step of a kernel that streams rows: 8 per thread, so that 2 x 3 running sums fit in registers
+ROW_SLICE = 1024  # rows per program of the column kernel
+LAUNCH = dict(num_warps=4, enable_fp_fusion=True)
+
+
+@triton.jit
+def rise(top, x):
+    """Raise a running maximum to max(top, x). Returns (new top, exp2(top - new top), exp2(x - new top)) with one exponential."""
+    gap = x - top
+    fall = tl.exp2(-tl.abs(gap))
+    return tl.maximum(top, x), tl.where(gap > 0, fall, 1.0), tl.where(gap > 0, 1.0, fall)
+
+
+@triton.jit
+def merge(top, axis: tl.constexpr):
+    """Common maximum of the lanes along an axis, and the factor exp2(top - maximum) that brings each lane's sum to it."""
+    highest = tl.max(top, axis)
+    return highest, tl.exp2(top - tl.expand_dims(highest, axis))
+
+
+@triton.jit
+def row_lse_kernel(logits, bias, out, K, scale, BLOCK: tl.constexpr):
+    """out[i] = log sum_k exp(logits[i, k] / temp + bias[k]); scale = LOG2E / temp."""
+    i = tl.program_id(0).to(tl.int64)
+    top = tl.full([BLOCK], LOWEST, tl.float32)  # every lane streams its own columns; the lanes meet once, at the end
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + i * K + k, k < K, other=0).to(tl.float32) * scale + tl.load(bias + k, k < K, other=0) * LOG2E
+        top, old, new = rise(top, tl.where(k < K, x, -float("inf")))
+        total = total * old + new
+    highest, factor = merge(top, 0)
+    tl.store(out + i, (highest + tl.log2(tl.sum(total * factor, 0))) * LN2)
+
+
+@triton.jit
+def column_lse_kernel(logits, bias, out, n, K, scale, SLICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[slice, k] = log sum_i exp(logits[i, k] / temp + bias[i]) over the rows i of one slice."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * SLICE
+    top = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(first, tl.minimum(first + SLICE, n), ROWS):
+        i = start + tl.arange(0, ROWS)
+        inside = (i < n)[:, None] & (k < K)[None, :]
+        x = tl.load(logits + i[:, None].to(tl.int64) * K + k[None, :], inside, other=0).to(tl.float32) * scale
+        x += (tl.load(bias + i, i < n, other=0) * LOG2E)[:, None]
+        top, old, new = rise(top, tl.where(inside, x, -float("inf")))
+        total = total * old + new
+    highest, factor = merge(top, 0)
+    tl.store(out + tl.program_id(1) * K + k, (highest + tl.log2(tl.sum(total * factor, 0))) * LN2, k < K)
+
+
+@triton.jit
+def cross_entropy_kernel(student, teacher, bias, loss, student_lse, teacher_lse, K, m, shift, student_scale, teacher_scale,
+                         T: tl.constexpr, BLOCK: tl.constexpr):
+    """loss[i] = sum_t (lse(s) - sum_k p_tk s_k), with s = student[i] / temp and p_t = softmax of teacher row (i + t shift) % m.
+
+    The teacher's normaliser is not known before its row has been read, so sum_k exp(x_tk) s_k and sum_k exp(x_tk) run side
+    by side under one running maximum; their quotient is the dot product.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    rows = (i + (tl.arange(0, T) + 1) * shift) % m  # (T,)
+    s_top = tl.full([BLOCK], LOWEST, tl.float32)
+    s_total = tl.zeros([BLOCK], tl.float32)
+    t_top = tl.full([T, BLOCK], LOWEST, tl.float32)
+    t_total = tl.zeros([T, BLOCK], tl.float32)
+    dot = tl.zeros([T, BLOCK], tl.float32)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        s = tl.load(student + i * K + k, k < K, other=0).to(tl.float32) * student_scale
+        x = tl.load(teacher + rows[:, None] * K + k[None, :], (k < K)[None, :], other=0).to(tl.float32) * teacher_scale
+        x += (tl.load(bias + k, k < K, other=0) * LOG2E)[None, :]
+        s_top, old, new = rise(s_top, tl.where(k < K, s, -float("inf")))
+        s_total = s_total * old + new
+        t_top, old_t, new_t = rise(t_top, tl.where((k < K)[None, :], x, -float("inf")))
+        t_total = t_total * old_t + new_t
+        dot = dot * old_t + new_t * s[None, :]
+    highest, factor = merge(s_top, 0)
+    s_lse = highest + tl.log2(tl.sum(s_total * factor, 0))
+    highest_t, factor_t = merge(t_top, 1)
+    total_t = tl.sum(t_total * factor_t, 1)  # (T,)
+    tl.store(loss + i, (T * s_lse - tl.sum(tl.sum(dot * factor_t, 1) / total_t, 0)) * LN2)
+    tl.store(student_lse + i, s_lse * LN2)
+    tl.store(teacher_lse + i * T + tl.arange(0, T), (highest_t + tl.log2(total_t)) * LN2)
+
+
+@triton.jit
+def cross_entropy_backward_kernel(dloss, student, teacher, bias, student_lse, teacher_lse, dstudent, K, m, shift,
+                                  student_scale, teacher_scale, T: tl.constexpr, BLOCK: tl.constexpr):
+    """dstudent[i, k] = dloss[i] / temp (T softmax(s)_k - sum_t p_tk); one program = one block of one row."""
+    i = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.arange(0, T)
+    rows = (i + (t + 1) * shift) % m
+    s = tl.load(student + i * K + k, k < K, other=0).to(tl.float32) * student_scale
+    x = tl.load(teacher + rows[:, None] * K + k[None, :], (k < K)[None, :], other=0).to(tl.float32) * teacher_scale
+    x += (tl.load(bias + k, k < K, other=0) * LOG2E)[None, :] - (tl.load(teacher_lse + i * T + t) * LOG2E)[:, None]
+    gradient = T * tl.exp2(s - tl.load(student_lse + i) * LOG2E) - tl.sum(tl.exp2(x), 0)
+    gradient *= tl.load(dloss + i) * (student_scale * LN2)
+    tl.store(dstudent + i * K + k, gradient.to(dstudent.dtype.element_ty), k < K)
+
+
+def row_lse(logits, bias, temp):
+    """logits (n, K) contiguous, bias (K,) -> (n,): log-sum-exp of logits / temp + bias over each row."""
+    n, K = logits.shape
+    out = logits.new_empty(n, dtype=torch.float32)
+    if n:
+        row_lse_kernel[(n,)](logits, bias, out, K, LOG2E.value / temp, BLOCK=COLUMNS, **LAUNCH)
+    return out
+
+
+def column_lse(logits, bias, temp):
+    """logits (n, K) contiguous, bias (n,) -> (K,): log-sum-exp of logits / temp + bias over each column; -inf where n = 0."""
+    n, K = logits.shape
+    slices = triton.cdiv(n, ROW_SLICE)
+    out = logits.new_empty(slices, K, dtype=torch.float32)
+    if n:
+        grid = (triton.cdiv(K, 256), slices)
+        column_lse_kernel[grid](logits, bias, out, n, K, LOG2E.value / temp, SLICE=ROW_SLICE, ROWS=8, BLOCK=256, **LAUNCH)
+    return out.logsumexp(0)
+
+
+def cross_entropy(student, teacher, bias, student_temp, teacher_temp, shift, n_targets):
+    """student (n, K), teacher (m, K), bias (K,) -> loss (n,), student_lse (n,), teacher_lse (n, n_targets), all float32."""
+    n, K = student.shape
+    loss, student_lse = (student.new_empty(n, dtype=torch.float32) for _ in range(2))
+    teacher_lse = student.new_empty(n, n_targets, dtype=torch.float32)
+    if n:
+        cross_entropy_kernel[(n,)](student, teacher, bias, loss, student_lse, teacher_lse, K, len(teacher), shift,
+                                   LOG2E.value / student_temp, LOG2E.value / teacher_temp, T=n_targets, BLOCK=COLUMNS, **LAUNCH)
+    return loss, student_lse, teacher_lse
+
+
+def cross_entropy_backward(dloss, student, teacher, bias, student_lse, teacher_lse, student_temp, teacher_temp, shift):
+    """dloss (n,) -> dstudent (n, K) in the student's dtype; the other arguments as given to and returned by the forward."""
+    n, K = student.shape
+    dstudent = torch.empty_like(student)
+    if n:
+        grid = (n, triton.cdiv(K, 2 * COLUMNS))
+        cross_entropy_backward_kernel[grid](dloss, student, teacher, bias, student_lse, teacher_lse, dstudent, K, len(teacher), shift,
+                                            LOG2E.value / student_temp, LOG2E.value / teacher_temp,
+                                            T=teacher_lse.shape[1], BLOCK=2 * COLUMNS, **LAUNCH)
+    return dstudent

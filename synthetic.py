@@ -1,0 +1,513 @@
+"""Procedural endoscopy: labelled frames in the published layouts, so that every script runs without a download.
+
+    python synthetic.py data/synthetic                         the default set (the other scripts make it on first use)
+    python synthetic.py OUT --videos 40 --frames-per-video 50 --seed 0
+    python synthetic.py --sheet docs/synthetic.png             a contact sheet of the classes
+
+A scene is a signed distance to the mucosa of a bent tube along z (folds, blind end, orifice), the scope's own shaft
+and polyps. Rays are sphere-traced from a camera with two things that every endoscope has: a wide barrel-distorted lens
+and its own light, which falls off with the square of the distance. Colour is a sum of absorptions (blood, vessels).
+Hue, brightness, anatomy and pose are drawn per patient or frame, from ranges that the classes share: a class differs
+from another in its structure only.
+
+The stem of a frame is <patient>_<n>: "patient12_3.jpg" (HyperKvasir, Kvasir-SEG) or "UC_patient_12_3.bmp" (LIMUC).
+"""
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+LANDMARKS = {  # folder name -> (tract, name in the official csv)
+    "cecum": ("lower", "normal-cecum"), "ileum": ("lower", "ileum"), "retroflex-rectum": ("lower", "retroflex-rectum"),
+    "pylorus": ("upper", "normal-pylorus"), "retroflex-stomach": ("upper", "retroflex-stomach"),
+    "z-line": ("upper", "normal-z-line")}
+MAYO_SHARE = (.54, .27, .11, .08)  # LIMUC
+SCOPES = {  # fov: degrees between the two edge midpoints; corner: |x| + |y| of the cut corners; gain: colour of the lamp and sensor
+    1: dict(fov=125, barrel=.12, corner=1.55, round=9.0, vignette=.25, gain=(1.0, 1.0, 1.0), noise=.012, blur=1, light=(.15, .02)),
+    2: dict(fov=150, barrel=-.10, corner=9.0, round=1.04, vignette=.55, gain=(.88, 1.04, 1.22), noise=.025, blur=2, light=(-.05, .18))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a patient looks like
+
+def generator(*key):
+    """The random generator of a key of strings and integers."""
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+
+
+def appearance(rng):
+    """Colour and optics that all frames of a patient share, whatever they show."""
+    u = rng.uniform
+    redness, yellow = u(.35, 1.1), u(-.12, .3)
+    return SimpleNamespace(log_base=(-.12, -.12 - redness * .75, -.12 - redness * .8 - yellow), exposure=u(.55, 1.25),
+                           gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.0), bile=u(0, 1), gamma=u(.75, 1.15))
+
+
+def noise(rng, n, wavelength, octave=1.0):
+    """Periodic band-limited noise (n, n), zero mean, unit variance; wavelength in pixels."""
+    f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None])
+    band = np.exp(-np.log(np.maximum(f, 1e-6) * wavelength) ** 2 / (2 * (octave * .5) ** 2))
+    x = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((n, n), dtype=np.float32)) * band, s=(n, n))
+    return ((x - x.mean()) / x.std()).astype(np.float32)
+
+
+def vessels(rng, n, roots=9):
+    """A vascular tree (n, n) in 0..1, periodic: branches that wander, thin out and fork, drawn at twice the size."""
+    canvas = Image.new("L", (2 * n, 2 * n))
+    draw = ImageDraw.Draw(canvas)
+    todo = [(*rng.uniform(0, 2 * n, 2), rng.uniform(0, 2 * math.pi), rng.uniform(4, 7)) for _ in range(roots)]
+    while todo:
+        x, y, angle, width = todo.pop()
+        turns = rng.normal(0, .22, 40)
+        for turn in turns[:int(8 + 4 * width)]:
+            angle, x0, y0 = angle + turn, x, y
+            x, y = x + 9 * math.cos(angle), y + 9 * math.sin(angle)
+            line, tone = max(1, round(width)), int(95 + 22 * width)
+            draw.line((x0, y0, x, y), fill=tone, width=line)
+            wrap_x, wrap_y = x // (2 * n) * 2 * n, y // (2 * n) * 2 * n
+            if wrap_x or wrap_y:  # goes on at the opposite side
+                x, y = x - wrap_x, y - wrap_y
+        if width > 1.2:
+            fork = rng.uniform(.35, .8)
+            todo += [(x, y, angle + fork, width * .72), (x, y, angle - fork * .7, width * .72)]
+    return np.asarray(canvas.resize((n, n), Image.BOX), np.float32) / 255
+
+
+def skin(rng, n):
+    """The texture maps of one stretch of mucosa: (5, n + 2, n + 2), padded by one wrapped pixel for grid_sample."""
+    maps = [vessels(rng, n), noise(rng, n, n / 3), noise(rng, n, n / 9), noise(rng, n, n / 24), noise(rng, n, n / 80)]
+    return torch.from_numpy(np.pad(np.stack(maps), ((0, 0), (1, 1), (1, 1)), mode="wrap"))
+
+
+def anatomy(kind, rng):
+    """The scene of one stretch of gut, in units of its radius. kind: a landmark, mayo-0 .. mayo-3, polyp or colon."""
+    u, phase = rng.uniform, lambda: rng.uniform(0, 2 * math.pi)
+    s = SimpleNamespace(
+        kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=1e3, corner=.3,
+        fold=u(.15, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=rng.normal(0, .15, 2).tolist(), rugae=0, spokes=None, hole=None,
+        shaft=None, polyp=None, line=None, vessels=u(.6, 1), red=0., granular=u(0, .15), villi=0., petechiae=0., erosions=0., ulcers=0., blood=0.,
+        ahead=(1.5, 4.), aside=.5, start=0., speed=u(.01, .03))
+    if kind in LANDMARKS:
+        s.__dict__.update(end=u(1.7, 2.5), sway=u(0, .08), corner=u(.5, .9), fold=u(0, .08), ahead=(1.6, 2.4), aside=.4, speed=u(.003, .01))
+    if kind == "cecum":  # three folds meet at the blind end beside the orifice of the appendix
+        at, r = phase(), u(.15, .3)
+        s.__dict__.update(fold=u(.12, .25), spacing=u(1.2, 1.8), spokes=(3, u(.28, .45), u(.12, .2), phase()),
+                          hole=(r * math.cos(at), r * math.sin(at), u(.10, .15), u(.05, .08), 0, 0.))
+    elif kind == "ileum":  # narrow, no haustra, velvety
+        s.__dict__.update(end=1e3, sway=u(.2, .5), spacing=u(.35, .6), villi=u(.7, 1.), vessels=u(0, .3), ahead=(1.5, 4.), aside=.6)
+    elif kind == "pylorus":  # a round dark hole
+        r = u(.12, .26)
+        s.__dict__.update(fold=u(.04, .15), spokes=(int(rng.integers(5, 9)), u(.06, .14), u(.12, .2), phase()), vessels=u(0, .3),
+                          hole=(*rng.normal(0, .06, 2).tolist(), r, r * u(.8, 1), 0, 0.))
+    elif kind == "z-line":  # pale above, salmon below an irregular line; a star closes the end
+        s.__dict__.update(end=u(1.9, 2.7), vessels=u(.4, .8), line=(u(1.5, 2.2), u(.12, .3), phase()),
+                          spokes=(int(rng.integers(4, 7)), u(.1, .22), u(.14, .2), phase()),
+                          hole=(*rng.normal(0, .1, 2).tolist(), u(.14, .24), u(.14, .24), int(rng.integers(4, 6)), u(.2, .4)))
+    elif kind == "retroflex-rectum":  # the scope sees itself enter through the dentate line
+        s.__dict__.update(shaft=(*rng.normal(0, .12, 2).tolist(), phase(), u(.16, .24)), line=(u(2.2, 2.5), u(.1, .2), phase()),
+                          spokes=(int(rng.integers(6, 10)), u(.06, .14), u(.08, .12), phase()))
+    elif kind == "retroflex-stomach":  # the scope sees itself among thick winding folds
+        s.__dict__.update(shaft=(*rng.normal(0, .12, 2).tolist(), phase(), u(.14, .22)), rugae=int(rng.integers(8, 13)), vessels=u(0, .35))
+    elif kind == "polyp":
+        s.__dict__.update(start=u(0, 9), sway=u(.1, .3), speed=u(.01, .03))
+        s.polyp = polyp_at(s, rng, s.start + u(.9, 1.6))
+    elif kind.startswith("mayo"):
+        grade = int(kind[-1])
+        s.__dict__.update(fold=u(.05, .25), aside=1., vessels=(u(.8, 1.), u(.25, .4), u(0., .08), 0.)[grade], red=.25 * (grade + u(-.5, .5)),
+                          granular=(u(0, .15), u(.25, .45), u(.6, .9), u(.6, 1.))[grade], petechiae=(0, 0, u(.5, 1), u(.4, 1))[grade],
+                          erosions=(0, 0, u(.3, .8), u(.3, .8))[grade], ulcers=(0, 0, 0, u(.5, 1))[grade], blood=(0, 0, 0, u(.2, 1))[grade])
+    return s
+
+
+def centreline(s, z):
+    return s.sway * (z * .7 + s.sway_at[0]).sin(), s.sway * (z * .5 + s.sway_at[1]).sin()
+
+
+def camera(s, rng, t=0):
+    """Position (3,) and rotation (3, 3; columns right, down, forward) at frame t of the path that rng draws."""
+    u = rng.uniform
+    offset, aside, ahead, roll = rng.normal(0, .17, 2).clip(-.4, .4), rng.normal(0, s.aside, 2), u(*s.ahead), u(0, 2 * math.pi)
+    wobble = [.06 * math.sin(u(.1, .4) * t + u(0, 6)) for _ in range(5)]
+    z = s.start + s.speed * t + u(-.2, .4)
+    at = lambda z: np.array([float(c) for c in centreline(s, torch.tensor(z))])  # noqa: E731
+    position = np.array([*(at(z) + offset + wobble[:2]), z])
+    far = z + ahead if s.end > 1e2 else s.end
+    target = np.array([*(at(far) + aside + wobble[2:4]), far])
+    if s.polyp:  # somewhere in view
+        target = s.polyp.centre.numpy() + np.array([*aside, 0.]) * .6 + [*wobble[2:4], 0.]
+    forward = target - position
+    forward /= np.linalg.norm(forward)
+    roll += wobble[4]
+    right = np.cross((math.cos(roll), math.sin(roll), 0.), forward)
+    right /= np.linalg.norm(right)
+    return (torch.tensor(a, dtype=torch.float32) for a in (position, np.stack([right, np.cross(forward, right), forward], 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+@lru_cache
+def rays(size, scope):
+    """Directions (3, size, size) of a lens with barrel distortion, the mask of what the frame shows, the vignette."""
+    o = SCOPES[scope]
+    c = (torch.arange(size) + .5) / size * 2 - 1
+    y, x = torch.meshgrid(c, c, indexing="ij")
+    r = torch.hypot(x, y)
+    angle = math.radians(o["fov"] / 2) * r * (1 + o["barrel"] * r * r) / (1 + o["barrel"])
+    angle = angle.clamp(max=1.75)
+    visible = ((x.abs() + y.abs() < o["corner"]) & (r < o["round"])).float()
+    return torch.stack([angle.sin() * x / r, angle.sin() * y / r, angle.cos()]), visible, 1 - o["vignette"] * r * r / 2
+
+
+def smooth_min(a, b, k):
+    h = (k - (a - b).abs()).clamp(min=0) / k
+    return torch.minimum(a, b) - h * h * (k / 4)
+
+
+def distances(p, s):
+    """Distance from p (3, ...) inside the lumen to the mucosa, the shaft, the polyp (None where absent), and the
+    coordinates (rho, theta) about the centreline."""
+    x, y, z = p
+    cx, cy = centreline(s, z)
+    x, y = x - cx, y - cy
+    rho, theta = torch.hypot(x, y), torch.atan2(y, x)
+    radius = 1 + s.oval * (2 * theta + s.oval_at).cos()
+    if s.fold:  # haustral folds: sharp rings, tilted, thicker between the three teniae
+        ring = z + s.tilt[0] * x + s.tilt[1] * y + .08 * (2 * theta + s.fold_at).sin()
+        crest = (3 * ((2 * math.pi / s.spacing * ring + s.fold_at).cos() - 1)).exp()
+        radius = radius - s.fold * crest * (1 + .6 * (3 * theta + s.teniae).cos())
+    if s.rugae:
+        wave = (s.rugae * theta + 2.2 * (2.1 * z + s.fold_at).sin() + 1.3 * (5.3 * z + s.teniae).sin()).cos()
+        radius = radius - .17 * (1 - wave.abs()) ** .7 * 1.2
+    d = radius - rho
+    if s.end < 1e2:
+        cap = s.end - z
+        if s.spokes:  # ridges that run to the centre of the end
+            m, height, width, at = s.spokes
+            across = rho * rho * (2 / m ** 2) * (1 - (m * (theta - at)).cos())
+            cap = cap - height * (-across / width ** 2).exp() * (1.4 * rho).clamp(max=1)
+        d = smooth_min(d, cap, s.corner)
+        if s.hole:
+            hx, hy, rx, ry, m, star = s.hole
+            hole = ((x - hx) ** 2 / rx ** 2 + (y - hy) ** 2 / ry ** 2).sqrt()
+            hole = (1 + star * (m * theta).cos() - hole) * min(rx, ry) if star else (1 - hole) * min(rx, ry)
+            d = -smooth_min(-d, -hole, .12)
+    shaft = polyp = None
+    if s.shaft:
+        shaft = capsule(p, s) 
+    if s.polyp:
+        polyp = lump(p, s.polyp)
+    return d, shaft, polyp, rho, theta
+
+
+def capsule(p, s):
+    """Distance to the scope's own shaft: from the middle of the far end to a point beside the camera."""
+    sx, sy, at, r = s.shaft
+    a = torch.tensor([sx, sy, s.end + .5]).view(3, 1, 1)
+    b = torch.tensor([1.1 * math.cos(at), 1.1 * math.sin(at), -.6]).view(3, 1, 1) - a
+    h = (((p - a) * b).sum(0) / (b * b).sum()).clamp(0, 1)
+    return (p - a - h * b).norm(dim=0) - r
+
+
+def lump(p, q):
+    """Distance to a polyp: an ellipsoid in the frame (inward, around, along) of its place on the wall, and its stalk."""
+    e = ((p - q.centre.view(3, 1, 1)) * q.frame.view(3, 3, 1, 1)).sum(1)  # (3, H, W)
+    d = ((e / q.axes.view(3, 1, 1)).norm(dim=0) - 1) * q.axes.min()
+    if q.stalk:
+        d = torch.minimum(d, torch.maximum(torch.hypot(e[1], e[2]) - q.stalk, e[0]))
+    return d
+
+
+def polyp_at(s, rng, z):
+    """A polyp on the wall of scene s at depth z, sessile or on a stalk."""
+    u = rng.uniform
+    size, angle, stalked = u(.14, .4), u(0, 2 * math.pi), u() < .35
+    axes = torch.tensor([size * (u(.8, 1.1) if stalked else u(.5, 1.)), size * u(.8, 1.2), size * u(.8, 1.3)])
+    lift = float(axes[0]) * (u(1.1, 1.6) if stalked else u(.1, .5))
+    inward = torch.tensor([-math.cos(angle), -math.sin(angle), 0.])
+    middle = torch.tensor([*(float(c) for c in centreline(s, torch.tensor(z))), z])
+    frame = torch.stack([inward, torch.tensor([math.sin(angle), -math.cos(angle), 0.]), torch.tensor([0., 0., 1.])])
+    return SimpleNamespace(centre=middle - (1 - lift) * inward, frame=frame, axes=axes, stalk=size * .35 if stalked else 0., red=u(-.25, .5), pits=u(.2, 1))
+
+
+def trace(origin, dirs, s):
+    """Distance t (H, W) along each ray to the first surface: a walk at half the resolution, then its last steps at full."""
+    nearest = lambda p: torch.stack([d for d in distances(p, s)[:3] if d is not None]).amin(0)  # noqa: E731
+    o = origin.view(3, 1, 1)
+    half = F.avg_pool2d(dirs, 2)
+    t = torch.full(half.shape[1:], .02)
+    for _ in range(22):
+        t = t + .7 * nearest(o + t * half)
+    t = -F.max_pool2d(-t[None], 3, 1, 1)  # no further than any neighbour, so that thin silhouettes are not jumped over
+    t = F.interpolate(t[None], scale_factor=2)[0, 0] * .98
+    for _ in range(6):
+        t = t + .7 * nearest(o + t * dirs)
+    return t.clamp(.02, 12)
+
+
+def seen_polyp(s, origin, turn, size, scope):
+    """Rays (3, H, W), distance along them, what lies there, and the mask (H, W) of the polyp's visible part."""
+    dirs, visible, _ = rays(size, scope)
+    dirs = (turn @ dirs.view(3, -1)).view(3, size, size)
+    t = trace(origin, dirs, s)
+    parts = distances(origin.view(3, 1, 1) + t * dirs, s)
+    mask = (parts[2] < parts[0]) & (visible > 0) if s.polyp else torch.zeros(size, size, dtype=torch.bool)
+    return dirs, t, parts, mask
+
+
+def render(s, look, maps, origin, turn, noise_rng, size=256, scope=1):
+    """One frame: uint8 (size, size, 3) and the mask of the polyp (size, size) bool."""
+    o = SCOPES[scope]
+    _, visible, vignette = rays(size, scope)
+    dirs, t, (wall, shaft, polyp, rho, theta), seen = seen_polyp(s, origin, turn, size, scope)
+    p = origin.view(3, 1, 1) + t * dirs
+    none = torch.zeros_like(t)
+    on_polyp = seen.float()
+    on_shaft = (shaft < wall.clamp(min=.01)).float() if shaft is not None else none
+
+    # texture: (angle, depth) on the wall, straight on at the end of a blind tube
+    depth = p[2] + 1 - rho
+    flat = ((s.end - p[2] < .45) & (rho < .8)) if s.end < 1e2 else none.bool()
+    u = torch.where(flat, p[0] * .35, theta / math.pi)
+    v = torch.where(flat, p[1] * .35, depth * .35)
+    uv = torch.stack([u, v], -1) % 1 * 2 - 1
+    tree, low, mid, small, fine = F.grid_sample(maps[None], uv[None], align_corners=False)[0]
+    near = (1.6 - .35 * t).clamp(0, 1)  # detail is lost with distance
+
+    step = lambda x, at, width=.15: ((x - at) / width + .5).clamp(0, 1)  # noqa: E731
+    ulcer = step(low + .45 * mid + .2 * small, 2.1 - 1.2 * s.ulcers) if s.ulcers else none
+    erosion = step(small + .3 * low, 2.5 - .6 * s.erosions, .3) if s.erosions else none
+    mucus = step(mid + .6 * low + .2 * small, 2.3 - look.mucus * .6, .5) * .8
+    petechia = step(fine + .5 * low, 2.6 - .9 * s.petechiae, .4) if s.petechiae else none
+    blood = step(mid - .8 * low + .2 * small, 2.9 - 1.0 * s.blood, .2) if s.blood else none
+    pale = none
+    if s.line:
+        at, tongue, ph = s.line
+        zig = tongue * ((3 * theta + ph).sin() * .5 + (7 * theta + 2 * ph).sin() * .4 + .4 * mid)
+        pale = step(at + zig - depth, 0, .04) if s.kind == "z-line" else step(depth - at - zig, 0, .04)
+
+    height = .010 * s.granular * small + .010 * s.villi * fine + .012 * s.villi * small + .002 * fine + .004 * mid
+    height = height - .02 * ulcer + .015 * mucus + .008 * tree * s.vessels
+    if polyp is not None:
+        height = height + on_polyp * s.polyp.pits * (.006 * small + .004 * fine)
+    normal = normals(origin.view(3, 1, 1) + (t - height * near) * dirs)
+    facing = -(normal * dirs).sum(0)
+
+    vessel = tree * s.vessels * (1 - .8 * pale) * near * (1 - on_polyp * .6)
+    red = s.red * (.6 + .5 * low.clamp(-1, 1)) + .9 * petechia + .5 * (erosion > 0).float() + 1.6 * blood
+    if polyp is not None:
+        red = red + on_polyp * s.polyp.red
+    absorb = torch.tensor([.12, 1.0, .85]).view(3, 1, 1) * (.7 * vessel + .75 * red - .45 * pale + .06 * low + .05 * mid + .05 * s.villi * fine)
+    albedo = (torch.tensor(look.log_base).view(3, 1, 1) * (1 + .12 * t.clamp(max=4)) - absorb).exp()
+    albedo = torch.lerp(albedo, torch.tensor([.9, .82, .6]).view(3, 1, 1), torch.maximum(ulcer, .7 * (erosion - petechia).clamp(0, 1)))
+    albedo = torch.lerp(albedo, torch.tensor([.85, .8 - .15 * look.bile, .7 - .5 * look.bile]).view(3, 1, 1), mucus * .7 * (1 - on_shaft))
+    albedo = torch.lerp(albedo, torch.tensor([.05, .05, .06]).view(3, 1, 1), on_shaft)
+
+    light = facing.clamp(min=0) * .9 + .1
+    energy = light / (t * t + .05)
+    energy = energy * look.exposure / (energy.clamp(max=6) * visible).mean() * 1.1
+    shine = facing.clamp(min=0) ** 60 * look.gloss * step(small + fine, .6, .8) * (1 - .5 * on_shaft)
+    image = 1 - (-(albedo * energy + 1.2 * shine * energy.clamp(.3, 2))).exp()
+    image = image * vignette * torch.tensor([g * h for g, h in zip(look.gain, o["gain"])]).view(3, 1, 1)
+    image = image.clamp(0, 1) ** look.gamma
+    for _ in range(o["blur"]):
+        image = F.avg_pool2d(F.pad(image[None], (1, 0, 1, 0), mode="replicate"), 2, 1)[0]
+    grain = torch.from_numpy(noise_rng.standard_normal((3, size, size), dtype=np.float32))
+    image = (image + o["noise"] * grain * (.4 + image)).clamp(0, 1) * visible
+    return (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy(), seen.numpy()
+
+
+def normals(p):
+    """Unit normals (3, H, W) of a surface seen as positions p (3, H, W), by central differences."""
+    q = F.pad(p[None], (1, 1, 1, 1), mode="replicate")[0]
+    n = torch.linalg.cross(q[:, 2:, 1:-1] - q[:, :-2, 1:-1], q[:, 1:-1, 2:] - q[:, 1:-1, :-2], dim=0)
+    return n / n.norm(dim=0).clamp(min=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing the published layouts
+
+def write_job(job):
+    """Write the frames (and masks) of one patient at one place; returns how many. A pure function of the job."""
+    key = (job["seed"], job["scope"], job["patient"])
+    look = appearance(generator(*key))
+    rng = generator(*key, job["kind"], job["place"])
+    maps = skin(rng, job["size"] * 3 // 2)
+    s, views = scene(job, rng)
+    for i, (path, (origin, turn)) in enumerate(zip(job["images"], views)):
+        image, mask = render(s, look, maps, origin, turn, rng, job["size"], job["scope"])
+        save(image, path)
+        if job["masks"]:
+            save(mask.astype(np.uint8) * 255, job["masks"][i])
+    return len(job["images"])
+
+
+def save(array, path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(array).save(path, quality=92)
+
+
+def scene(job, rng):
+    """Anatomy and one (position, rotation) per frame: along a path for a video, else independent; polyps fill 2 to 30 %."""
+    while True:
+        s, views, path = anatomy(job["kind"], rng), [], int(rng.integers(2 ** 31))
+        for i in range(len(job["images"])):
+            for attempt in range(8):
+                view = tuple(camera(s, generator(path), i)) if job["video"] else tuple(camera(s, rng))
+                if not job["masks"] or .02 < seen_polyp(s, *view, 64, job["scope"])[3].float().mean() < .30:
+                    views.append(view)
+                    break
+        if len(views) == len(job["images"]):
+            return s, views
+
+
+def labelled_jobs(root, scope, scale, rng):
+    """The jobs of the three labelled trees under root, whose split lists it writes."""
+    def number(n, least):
+        return max(least, round(n * scale))
+    jobs = []
+
+    def add(kind, patient, place, images, masks=None):
+        jobs.append(dict(scope=scope, kind=kind, patient=patient, place=place, images=images, masks=masks, video=False))
+
+    # HyperKvasir: a patient has the three landmarks of one tract; the frames of a class stand in blocks, one per fold
+    patients, rows = number(30, 5), []
+    tree = root / "hyper-kvasir"
+    for name, (tract, official) in LANDMARKS.items():
+        for p in range(patients):
+            first = 4 * list(LANDMARKS).index(name)
+            pid = p + patients * (tract == "upper")
+            files = [f"patient{pid}_{first + i}.jpg" for i in range(4)]
+            rows += [f"{f};{official};{p * 5 // patients}" for f in files]
+            add(name, pid, 0, [tree / f"labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}/{f}" for f in files])
+    for grade, count in ((1, 2), (2, 4), (3, 1)):
+        name = f"ulcerative-colitis-grade-{grade}"
+        for p in range(patients):
+            files = [f"patient{2 * patients + p}_{10 * grade + i}.jpg" for i in range(count)]
+            rows += [f"{f};{name};{p * 5 // patients}" for f in files]
+            add(f"mayo-{grade}", 2 * patients + p, grade, [tree / f"labeled-images/lower-gi-tract/pathological-findings/{name}/{f}" for f in files])
+    write_text(tree / "official_splits/5_fold_split.csv", "\n".join(["file-name;class-name;split-index", *rows]) + "\n")
+
+    # Kvasir-SEG
+    patients, tree = number(100, 8), root / "Kvasir-SEG"
+    stems = [[f"patient{p}_{i}" for i in range(4)] for p in range(patients)]
+    for p, names in enumerate(stems):
+        add("polyp", 1000 + p, 0, [tree / f"images/{n}.jpg" for n in names], [tree / f"masks/{n}.jpg" for n in names])
+    cut = round(.88 * patients)
+    write_text(tree / "train.txt", "\n".join(sum(stems[:cut], [])) + "\n")
+    write_text(tree / "val.txt", "\n".join(sum(stems[cut:], [])) + "\n")
+
+    # LIMUC: four places per patient, grades in the published shares
+    patients, tree = number(60, 12), root / "LIMUC"
+    grades = np.repeat(range(4), np.diff(np.round(np.cumsum((0, *MAYO_SHARE)) * 4 * patients).astype(int)))
+    grades = rng.permutation(grades).reshape(patients, 4)
+    everyone = np.arange(patients)
+    test = complete_draw(everyone, grades, .15, rng)
+    frames = {p: [(f"Mayo {g}", f"UC_patient_{p + 1}_{3 * k + i}.bmp") for k, g in enumerate(grades[p]) for i in range(3)] for p in everyone}
+    for p in everyone:
+        part = "test_set" if p in test else "train_and_validation_sets"
+        for k, g in enumerate(grades[p]):
+            add(f"mayo-{g}", 2000 + int(p), k, [tree / part / c / f for c, f in frames[p][3 * k:3 * k + 3]])
+    rest = np.setdiff1d(everyone, test)
+    for fold in range(10):
+        val = complete_draw(rest, grades, .10, rng)
+        for name, chosen in (("train", np.setdiff1d(rest, val)), ("val", val)):
+            listed = {f"Mayo {g}": [f for p in chosen for c, f in frames[p] if c == f"Mayo {g}"] for g in range(4)}
+            write_text(tree / f"cross_validation_folds_train_val_info/fold_{fold}/{name}.json", json.dumps(listed))
+    return jobs
+
+
+def complete_draw(patients, grades, share, rng):
+    """A random share of the patients that together have every grade, drawn again until they do (as LIMUC's own script)."""
+    while True:
+        drawn = rng.permutation(patients)[:max(2, round(share * len(patients)))]
+        if len(np.unique(grades[drawn])) == 4:
+            return drawn
+
+
+def video_jobs(root, videos, frames, rng):
+    """The jobs of the unlabelled videos under root, with their manifest.csv. A video shows several places of one patient."""
+    kinds, jobs, rows = [*LANDMARKS, *(f"mayo-{g}" for g in range(4)), "polyp", "colon"], [], ["path,video"]
+    for v in range(videos):
+        names = [f"video{v:04d}/{i:05d}.jpg" for i in range(frames)]
+        rows += [f"{n},video{v:04d}" for n in names]
+        for place, at in enumerate(range(0, frames, 10)):
+            jobs.append(dict(scope=1, kind=str(rng.choice(kinds)), patient=3000 + v, place=place, images=[root / n for n in names[at:at + 10]],
+                             masks=None, video=True))
+    write_text(root / "manifest.csv", "\n".join(rows) + "\n")
+    return jobs
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def make(root, videos, frames, scale, size, seed, workers):
+    """Write the whole set into the empty folder root."""
+    jobs = video_jobs(root / "unlabelled", videos, frames, generator(seed, "videos"))
+    jobs += labelled_jobs(root, 1, scale, generator(seed, "labelled"))
+    jobs += labelled_jobs(root / "scope2", 2, scale / 3, generator(seed, "scope2"))
+    jobs = [dict(job, seed=seed, size=size) for job in jobs]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one result whatever the number of cores
+    loader = torch.utils.data.DataLoader(jobs, batch_size=None, collate_fn=write_job, num_workers=workers)
+    with tqdm(total=sum(len(job["images"]) for job in jobs), unit="frame", desc="synthetic frames") as bar:
+        for written in loader:
+            bar.update(written)
+    torch.set_num_threads(threads)
+
+
+def ensure(root="data/synthetic", videos=40, frames=20, scale=1.0, size=256, seed=0, workers=None):
+    """Path of the synthetic set under root, made first if it is not there.
+
+    scale multiplies the number of labelled patients (a test asks for videos=2, frames=4, scale=.1, size=64). Any number
+    of processes may call it at once: one makes the set in a sibling folder and renames it, the others wait for the
+    lock. A process that dies leaves nothing under root; the next call starts afresh."""
+    root = Path(root).resolve()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.with_name(f".{root.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it when the process ends, however it ends
+        if (root / "made_by.json").exists():
+            return root
+        if root.exists() and any(root.iterdir()):
+            raise FileExistsError(f"{root} holds files that synthetic.py did not make: name another folder")
+        print(f"Making synthetic endoscopy in {root} (once; no download)", flush=True)
+        making = root.with_name(f".{root.name}.making")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        make(making, videos, frames, scale, size, seed, cores if workers is None else workers)
+        write_text(making / "made_by.json", json.dumps(dict(videos=videos, frames=frames, scale=scale, size=size, seed=seed)))
+        making.rename(root)
+    return root
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", default="data/synthetic", help="folder to make")
+    parser.add_argument("--videos", type=int, default=40, help="unlabelled videos")
+    parser.add_argument("--frames-per-video", type=int, default=20, help="frames of each")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of labelled patients")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    ensure(args.out, args.videos, args.frames_per_video, args.scale, args.size, args.seed)
+
+
+if __name__ == "__main__":
+    main()

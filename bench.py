@@ -81,6 +81,95 @@ def command(fn):
     return fn
 
 
+@command
+def bench_model(argv):
+    """images/s and FLOP/s of each architecture; packed multi-crop against separate calls."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from vit import ARCHS, build_vit
+
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench.py model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--archs", nargs="+", choices=list(ARCHS), metavar="ARCH", help="architectures",
+                        default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14", "vitb14"])
+    parser.add_argument("--batch", type=int, default=64 if cuda else 4, help="images of 224 px; the multi-crop batch holds as many frames")
+    parser.add_argument("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
+    args = parser.parse_args(argv)
+    device, rows, pack_rows = torch.device("cuda" if cuda else "cpu"), [], []
+    for arch in args.archs:
+        model = build_vit(arch).to(device).train()
+        images = torch.randn(args.batch, 3, 224, 224, device=device)
+        crops = [torch.randn(2 * args.batch, 3, 224, 224, device=device), torch.randn(8 * args.batch, 3, 98, 98, device=device)]
+
+        def call(fn, backward, model=model):
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda), torch.set_grad_enabled(backward):
+                loss = sum(out["cls"].float().square().mean() for out in fn(model))
+            if backward:
+                loss.backward()
+                model.zero_grad()
+
+        def forward(m):
+            return [m(images)]
+
+        def packed(m):
+            return m.forward_packed(crops, [None, None])
+
+        def separate(m):
+            return [m(c) for c in crops]
+
+        with FlopCounterMode(display=False) as counter:
+            call(forward, True)
+        flops = counter.get_total_flops()  # forward and backward; the forward is a third of it
+        t = seconds({"f": lambda: call(forward, False), "fb": lambda: call(forward, True)}, args.runs)
+        rows.append([arch, f"{args.batch / t['f']:.1f}", f"{flops / 3 / t['f'] / 1e12:.3f}", f"{args.batch / t['fb']:.1f}",
+                     f"{flops / t['fb'] / 1e12:.3f}"])
+        t = seconds({"packed": lambda: call(packed, True), "separate": lambda: call(separate, True)}, args.runs)
+        pack_rows.append([arch, f"{t['packed'] * 1e3:.0f}", f"{t['separate'] * 1e3:.0f}", f"{t['packed'] / t['separate']:.3f}"])
+    table(f"Backbone at 224 px, batch {args.batch}, {'bf16 autocast' if cuda else 'float32'}",
+          ["architecture", "forward images/s", "TFLOP/s", "forward + backward images/s", "TFLOP/s"], rows)
+    table(f"2 x 224 px and 8 x 98 px crops of {args.batch} frames, forward + backward",
+          ["architecture", "packed ms", "separate ms", "packed / separate"], pack_rows)
+
+
+@command
+def bench_sinkhorn(argv):
+    """Sinkhorn-Knopp by scaling vectors against the textbook loop: time and peak memory."""
+    from dino_loss import sinkhorn, sinkhorn_log_domain
+
+    parser = argparse.ArgumentParser(prog="bench.py sinkhorn", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--rows", type=int, default=640, help="teacher rows")
+    parser.add_argument("--prototypes", type=int, default=65536, help="K")
+    parser.add_argument("--runs", type=int, default=7, help="timed calls of each candidate")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    x, prototypes = (torch.nn.functional.normalize(torch.randn(n, 256, device=device, generator=generator), dim=1)
+                     for n in (args.rows, args.prototypes))
+    logits, temp = x @ prototypes.T, 0.05  # cosines, as the head's
+
+    def textbook(logits, temp):
+        """DINOv2's loop, its divisions in place: two sums over the matrix and two divisions of it per iteration."""
+        q = torch.exp(logits / temp).t()
+        q /= q.sum()
+        for _ in range(3):
+            q /= q.sum(1, keepdim=True)
+            q /= q.shape[0]
+            q /= q.sum(0, keepdim=True)
+            q /= q.shape[1]
+        q *= q.shape[1]
+        return q.t()
+
+    forms = {"textbook loop, in place": textbook, "scaling vectors": sinkhorn, "logarithms (range too wide for exp)": sinkhorn_log_domain}
+    forms = {name: lambda form=form: form(logits, temp) for name, form in forms.items()}
+    times = seconds(forms, args.runs)
+    slowest, exact = times["textbook loop, in place"], forms["textbook loop, in place"]()
+    rows = []
+    for name, form in forms.items():
+        error = ((form() - exact).norm() / exact.norm()).item()
+        rows.append([name, f"{times[name] * 1e3:.1f}", f"{slowest / times[name]:.2f}", f"{peak_bytes(form) / 2**20:.0f}", f"{error:.1e}"])
+    table(f"Sinkhorn-Knopp, {args.rows} x {args.prototypes}, 3 iterations, temperature {temp}",
+          ["form", "ms", "times faster", "peak MiB", "relative difference"], rows)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(f"{n}: {f.__doc__.splitlines()[0]}" for n, f in sorted(COMMANDS.items())))

@@ -74,11 +74,12 @@ def sinkhorn(logits, temp, n_iters=3):
     Q = diag(v) M diag(u) with M = exp(logits / temp). M is only ever read; the loop works on the two vectors (K,) and (n,).
     The number of rows may differ between processes, and may be 0."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    ends = torch.stack([logits.amax(), -logits.amin()]) if len(logits) else logits.new_full((2,), -math.inf)
+    low, high = logits.aminmax() if len(logits) else logits.new_tensor([math.inf, -math.inf])
+    ends = torch.stack([high, -low])
     high, minus_low = all_reduce(ends, "MAX")     # of all processes: they must take the same branch
     if (high + minus_low) / temp > 80:            # exp(-80) is a normal float32; much below it rows or columns of M vanish
         return sinkhorn_log_domain(logits, temp, n_iters)
-    m = logits.sub(high).div_(temp).exp_()        # (n, K), at most 1
+    m = torch.add(-high / temp, logits, alpha=1 / temp).exp_()  # (n, K), at most 1; one new matrix, written twice
     v = m.new_ones(len(m))                        # (n,) row factors
     for _ in range(n_iters):
         u = 1 / all_reduce(v @ m)                 # (K,) every column of diag(v) M diag(u), all rows: total 1

@@ -9,13 +9,13 @@ Pre-training. Half of the multi-crop runs on the loader's workers (decode, crop,
     multicrop = MultiCrop(frames, seed=0)                # sizes, scales, blur, switches: see the class
     sampler = EpochSampler(len(frames), batch, seed=0, rank=0, world=1, start=step, stop=steps)
     masks = BlockMasks((16, 16), batch * world, seed=0)  # patch grid of a global crop, images per step of all processes
-    skipped = Skipped(frames)
+    skipped = Skipped(frames, world=1)
     for batch in loader(multicrop, sampler, masks, workers=4, pin=False):     # one batch per step, of this process
-        skipped.update(batch)                            # logs unreadable frames; skipped.check() stops above 1 %
+        skipped.update(batch)                            # logs unreadable frames; more than 1 % stop the run
         crops = augment(batch, device)                   # {"global_crops", "local_crops", "masks"}: normalised floats
 
-A batch on its way: "global" (2B,S,S,3) uint8, "local" (L*B,s,s,3) uint8, "global_colour" (2B,11) and "local_colour" (L*B,11)
-the drawn parameters of the second half, "masks" (2B,N) bool, "index" (B,) numbers in `frames`, "step" int, "bad" list.
+A batch on its way: "global" (2B,3,S,S) uint8, "local" (L*B,3,s,s) uint8, "global_colour" (2B,11) and "local_colour" (L*B,11)
+the drawn parameters of the second half, "masks" (2B,N) bool, "index" (B,) numbers in `frames`, "step", "bad" [(number, message)].
 All randomness is a function of (seed, epoch, frame, crop) or, for masks, (seed, step, row of the batch of all processes).
 """
 import argparse
@@ -65,8 +65,10 @@ def decode(image, factor=1):
     """RGB pixels of an opened image, its sides divided by `factor` (1, 2, 4 or 8) and rounded up."""
     if factor > 1 and image.format == "JPEG":
         image.draft("RGB", (image.width // factor, image.height // factor))  # the decoder's own scaled inverse DCT
-        return image.convert("RGB")
-    return image.convert("RGB").reduce(factor)
+        factor = 1
+    image.load()
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image.reduce(factor) if factor > 1 else image
 
 
 def read_image(path, draft=None):
@@ -184,6 +186,7 @@ CROPS, ORDER, REPLACE, MASK_ORDER, MASK = range(5)  # streams of random numbers
 TRIES = 10  # attempts at a rectangle, as torchvision
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of the drawn parameters, then the order of the four
 GRAYSCALE, SIGMA, SOLARIZE = 8, 9, 10
+IDENTITY = (1, 1, 1, 0)  # factors that change nothing
 BLUR = {"as-executed": (0.0, 0.9, 0.5), "as-written": (1.0, 0.1, 0.5)}  # first global, second global, local crops
 
 
@@ -223,10 +226,11 @@ def draw_colour(u, blur, solarize, hue=True, grayscale=True):
 
 
 class MultiCrop(torch.utils.data.Dataset):
-    """The CPU half of DINOv2's multi-crop: 2 global crops and `local_crops` local ones of a frame, uint8.
+    """The workers' half of DINOv2's multi-crop: 2 global and `local_crops` local crops of each frame, resized to uint8.
 
-    An item is asked for by a key (step, slot, epoch, frame) of EpochSampler. An unreadable frame is replaced by another one,
-    drawn from (seed, epoch, frame), and named under "bad".
+    Asked for the keys of one step (see EpochSampler), it returns the batch described at the top of this file, less the masks.
+    An unreadable frame is replaced by another one, drawn from (seed, epoch, frame), and reported under "bad".
+    exact_decode: never let the decoder shrink a frame that is much larger than its crops.
     """
 
     def __init__(self, frames, seed=0, global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0),
@@ -235,43 +239,53 @@ class MultiCrop(torch.utils.data.Dataset):
         self.sizes = (global_size,) * 2 + (local_size,) * local_crops
         self.scales = (global_scale,) * 2 + (local_scale,) * local_crops
         first, second, local = BLUR[blur]
-        self.colour = functools.partial(draw_colour, hue=hue, grayscale=grayscale, blur=np.array([first, second] + [local] * local_crops),
-                                        solarize=np.array([0, 0.2 * solarize] + [0] * local_crops))
+        self.colour = functools.partial(draw_colour, blur=np.array([first, second] + [local] * local_crops),
+                                        solarize=np.array([0, 0.2 * solarize] + [0] * local_crops), hue=hue, grayscale=grayscale)
 
-    def __len__(self):
-        return len(self.frames)
+    def __getitem__(self, keys):
+        n, shared = len(keys), torch.utils.data.get_worker_info() is not None
+        pixels = [torch.empty(views * n, 3, size, size, dtype=torch.uint8)
+                  for views, size in ((2, self.sizes[0]), (len(self.sizes) - 2, self.sizes[-1]))]
+        if shared:
+            pixels = [p.share_memory_() for p in pixels]  # the batch then crosses to the training process without a copy
+        places = [view for p in pixels for view in p.split(n)]  # V x (B, 3, S, S)
+        colour = np.empty((len(places), n, 11), np.float32)
+        index, bad = [], []
+        for b, (_, _, epoch, frame) in enumerate(keys):
+            used, crops, colour[:, b], failed = self.readable(epoch, frame)
+            for place, crop in zip(places, crops):
+                place[b] = crop
+            index.append(used)
+            bad += failed
+        colour = torch.from_numpy(colour)
+        return {"global": pixels[0], "local": pixels[1], "global_colour": colour[:2].flatten(0, 1), "local_colour": colour[2:].flatten(0, 1),
+                "index": torch.tensor(index), "step": keys[0][0], "slots": [slot for _, slot, _, _ in keys], "bad": bad}
 
-    def __getitem__(self, key):
-        step, slot, epoch, index = key
-        bad = []
-        for candidate in self.candidates(epoch, index):
+    def readable(self, epoch, frame):
+        """(number of the frame used, its crops, their colour parameters, [(number, message) of frames that failed before it])."""
+        failed = []
+        substitutes = stream(self.seed, REPLACE, epoch, frame).integers(len(self.frames), size=20).tolist()
+        for candidate in [frame] + substitutes:
             try:
-                crops, colour = self.crops(candidate, stream(self.seed, CROPS, epoch, index))
-                break
+                return candidate, *self.crops(candidate, stream(self.seed, CROPS, epoch, frame)), failed
             except BadImage as error:
-                bad.append((candidate, str(error)))
-        else:
-            raise BadImage(f"{len(bad)} unreadable frames in a row: " + "; ".join(message for _, message in bad))
-        return {"crops": crops, "colour": colour, "step": step, "slot": slot, "index": candidate, "bad": bad}
+                failed.append((candidate, str(error)))
+        raise BadImage("no readable frame in 20 draws:\n  " + "\n  ".join(message for _, message in failed))
 
-    def candidates(self, epoch, index):
-        yield index
-        yield from stream(self.seed, REPLACE, epoch, index).integers(len(self), size=20).tolist()
-
-    def crops(self, index, rng):
-        """List of (S, S, 3) uint8 arrays and (n, 11) parameters of the second half."""
+    def crops(self, frame, rng):
+        """List of (3, S, S) uint8 crops of a frame, and (V, 11) parameters of their second half."""
         u = rng.random((len(self.sizes), 4 * TRIES + 14))
-        with opened(self.frames.path(index)) as image:
+        with opened(self.frames.path(frame)) as image:
             boxes = [crop_box(row[:4 * TRIES], *image.size, scale) for row, scale in zip(u, self.scales)]
             room = min(min(h, w) / size for (_, _, h, w), size in zip(boxes, self.sizes))
             factor = 1 if self.exact_decode else shrink(room)
-            pixels = torch.from_numpy(np.array(decode(image, factor))).permute(2, 0, 1)[None]  # (1, 3, H, W) channels last
+            pixels = np.array(decode(image, factor))
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last as the fast resize wants them
         crops = []
         for box, size, flip in zip(boxes, self.sizes, u[:, 4 * TRIES] < 0.5):
             top, left, h, w = (round(x / factor) for x in box)
-            crop = F.interpolate(pixels[:, :, top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True)
-            crop = crop[0].permute(1, 2, 0).numpy()  # (S, S, 3)
-            crops.append(crop[:, ::-1] if flip else crop)
+            crop = F.interpolate(pixels[:, :, top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True)[0]
+            crops.append(crop.flip(-1) if flip else crop)
         return crops, self.colour(u[:, 4 * TRIES + 1:])
 
 
@@ -334,61 +348,52 @@ class BlockMasks:
 
 
 def add_block(mask, left, rng):
-    """Mask one block that adds 1 to `left` patches, in 10 tries; returns how many it added."""
+    """Mask one block that adds 1 to `left` patches, in 10 tries; returns how many it added (0: none fitted)."""
     height, width = mask.shape
-    for _ in range(10):
-        area = 4 + (min(left, height // 2 * width) - 4) * rng.random()  # from 4 down when fewer are left, as DINOv2
-        aspect = math.exp(math.log(0.3) * (1 - 2 * rng.random()))
+    for a, b, c, d in rng.random((10, 4)).tolist():
+        area = 4 + (min(left, height // 2 * width) - 4) * a  # from 4 down where fewer are left, as in DINOv2
+        aspect = math.exp(math.log(0.3) * (1 - 2 * b))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h >= height or w >= width:
             continue
-        top, start = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        top, start = int(c * (height - h + 1)), int(d * (width - w + 1))
         block = mask[top:top + h, start:start + w]
-        added = block.size - np.count_nonzero(block)
+        added = h * w - int(np.count_nonzero(block))
         if 0 < added <= left:
             block[:] = True
             return added
     return 0
 
 
-def collate(items, masks):
-    """Crop-major batch of one process, as described at the top of this file."""
-    first = len(items[0]["crops"]) and 2
-    crops = [[torch.from_numpy(np.ascontiguousarray(crop)) for crop in item["crops"]] for item in items]
-    colour = torch.from_numpy(np.stack([item["colour"] for item in items], 1))  # (V, B, 11)
-    stack = lambda views: torch.stack([row[v] for v in views for row in crops]) if views else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
-    return {
-        "global": stack(range(2)), "local": stack(range(2, len(crops[0]))),
-        "global_colour": colour[:first].flatten(0, 1), "local_colour": colour[first:].flatten(0, 1),
-        "masks": masks(items[0]["step"], [item["slot"] for item in items]),
-        "index": torch.tensor([item["index"] for item in items]), "step": items[0]["step"],
-        "bad": [bad for item in items for bad in item["bad"]],
-    }
+def collate(batch, masks):
+    """Add the masks of its step to a batch of MultiCrop."""
+    return batch | {"masks": masks(batch["step"], batch.pop("slots"))}
 
 
 def loader(multicrop, sampler, masks, workers=4, pin=False):
     """DataLoader of one batch per step."""
-    return torch.utils.data.DataLoader(multicrop, batch_sampler=sampler, num_workers=workers, pin_memory=pin,
-                                       collate_fn=functools.partial(collate, masks=masks), prefetch_factor=2 if workers else None)
+    return torch.utils.data.DataLoader(multicrop, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin,
+                                       collate_fn=functools.partial(collate, masks=masks))
 
 
 class Skipped:
-    """Counts and names the frames that could not be read; more than 1 % of all frames stops the run."""
+    """Counts and names the frames that could not be read; more than 1 % of the frames stops the run.
 
-    def __init__(self, frames):
-        self.frames, self.bad = frames, {}
+    Of several processes each judges by its share: 1 % of the frames that it has read, from its first full share on.
+    """
+
+    def __init__(self, frames, world=1):
+        self.frames, self.world, self.read, self.bad = frames, world, 0, {}
 
     def update(self, batch):
-        for index, message in batch["bad"]:
-            if index not in self.bad:
-                self.bad[index] = message
-                print(f"skipped unreadable frame {message} ({len(self.bad)} of {len(self.frames)})", file=sys.stderr)
-        self.check()
-
-    def check(self):
-        if len(self.bad) > 0.01 * len(self.frames):
-            listed = "\n  ".join(self.bad.values())
-            raise SystemExit(f"{len(self.bad)} of {len(self.frames)} frames cannot be read, more than 1 %:\n  {listed}")
+        self.read += len(batch["index"])
+        for frame, message in batch["bad"]:
+            if frame not in self.bad:
+                self.bad[frame] = message
+                print(f"skipped frame {message} ({len(self.bad)} unreadable so far, of {len(self.frames)})", file=sys.stderr)
+        if len(self.bad) > 0.01 * min(len(self.frames), max(self.read, len(self.frames) / self.world)):
+            raise SystemExit(f"{len(self.bad)} of {len(self.frames)} frames cannot be read, more than 1 %; repair or remove them:\n  "
+                             + "\n  ".join(self.bad.values()))
 
 
 # -------------------------------------------------------------------------------------------- multi-crop: the device's half
@@ -405,45 +410,47 @@ def augment(batch, device):
 
 
 def distort(crops, colour):
-    """(B, H, W, 3) uint8, drawn parameters (B, 11) on the CPU -> (B, 3, H, W) normalised floats. One image at a time on a CPU,
-    where a crop then stays in the cache."""
-    x = torch.empty(len(crops), 3, *crops.shape[1:3], device=crops.device)
-    size = 1 if x.device.type == "cpu" else max(1, len(x))
+    """(B, 3, H, W) uint8 and drawn parameters (B, 11) on the CPU -> (B, 3, H, W) normalised floats on the crops' device."""
+    x = crops.float().div_(255)
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    for part, pixels, parameters in zip(x.split(size), crops.split(size), colour.split(size)):
-        part.copy_(pixels.permute(0, 3, 1, 2)).div_(255)
+    some = 1 if x.device.type == "cpu" else max(1, len(x))  # on a CPU a single crop stays in the cache from step to step
+    for part, parameters in zip(x.split(some), colour.split(some)):
         photometric(part, parameters)
         part.sub_(mean).div_(std)
     return x
 
 
 def photometric(x, colour):
-    """In place on (B, 3, H, W) in [0, 1]: colour jitter in each sample's own order, grayscale, blur, solarize."""
-    def apply(fn, chosen, *columns):
-        rows = chosen.nonzero()[:, 0]
-        if len(rows) == 0:
-            return
-        values = [colour[rows, c].to(x.device).view(-1, 1, 1, 1) for c in columns]
-        if len(rows) == len(x):
-            fn(x, *values)
-        else:
-            rows = rows.to(x.device)
-            part = x[rows]
-            fn(part, *values)
-            x[rows] = part
-
-    identity = (1, 1, 1, 0)
+    """In place on (B, 3, H, W) in [0, 1]: jitter in each sample's own order, grayscale, blur, solarize. colour: (B, 11) on the
+    CPU, so that choosing the samples of an operation never waits for the device."""
+    drawn, colour = colour.numpy(), colour.to(x.device, non_blocking=True)
+    changes = drawn[:, :4] != IDENTITY
     for place in range(4, 8):
         for op, fn in enumerate((brightness, contrast, saturation, hue)):
-            apply(fn, (colour[:, place] == op) & (colour[:, op] != identity[op]), op)
-    apply(lambda x: x.copy_(gray(x).expand_as(x)), colour[:, GRAYSCALE] > 0)
-    apply(gaussian_blur, colour[:, SIGMA] > 0, SIGMA)
-    apply(lambda x: x.copy_(torch.where(x >= 128 / 255, 1 - x, x)), colour[:, SOLARIZE] > 0)
+            on_rows(fn, x, changes[:, op] & (drawn[:, place] == op), colour[:, op])
+    on_rows(to_gray, x, drawn[:, GRAYSCALE] > 0)
+    on_rows(gaussian_blur, x, drawn[:, SIGMA] > 0, colour[:, SIGMA])
+    on_rows(solarize, x, drawn[:, SOLARIZE] > 0)
+
+
+def on_rows(fn, x, chosen, *parameters):
+    """x[chosen] = fn(x[chosen], parameters[chosen]) for a function that works in place."""
+    if chosen.all():
+        return fn(x, *(p.view(-1, 1, 1, 1) for p in parameters))
+    if chosen.any():
+        rows = torch.from_numpy(chosen.nonzero()[0]).to(x.device, non_blocking=True)
+        part = x[rows]
+        fn(part, *(p[rows].view(-1, 1, 1, 1) for p in parameters))
+        x[rows] = part
 
 
 def gray(x):
-    """(B, 3, H, W) -> (B, 1, H, W) luma with torchvision's weights."""
-    return (x[:, 0] * 0.2989).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114).unsqueeze(1)
+    """(B, 3, H, W) -> (B, 1, H, W): luma with torchvision's weights."""
+    return (x[:, :1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+
+
+def to_gray(x):
+    x.copy_(gray(x).expand_as(x))
 
 
 def brightness(x, factor):
@@ -451,8 +458,8 @@ def brightness(x, factor):
 
 
 def contrast(x, factor):
-    mean = gray(x).mean((1, 2, 3), keepdim=True)
-    x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+    mean = gray(x).mean((2, 3), keepdim=True)
+    x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def saturation(x, factor):
@@ -461,25 +468,35 @@ def saturation(x, factor):
 
 
 def hue(x, shift):
-    """Turn the hue by `shift` turns. channel = min + chroma * clamp(|(h + k) mod 6 - 3| - 1, 0, 1), k = 0, 4, 2 for R, G, B."""
-    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    """Turn the hue by `shift` turns: with h in [0, 6), channel = low + chroma * clamp(|(h + k) mod 6 - 3| - 1, 0, 1) for
+    k = 0, 4, 2 in R, G, B. Written with sign and lerp, because a data-dependent `where` is the slowest operation on a CPU."""
+    r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)  # (B, 1, H, W)
     chroma = high - low
-    r, g, b = x.unbind(1)
-    high = high[:, 0]
-    h = torch.where(high == r, g - b, torch.where(high == g, b - r + 2 * chroma[:, 0], r - g + 4 * chroma[:, 0]))
-    h = h.unsqueeze(1) / chroma.clamp(min=1e-12) + 6 * shift
-    h = h + torch.tensor([0.0, 4.0, 2.0], device=x.device).view(3, 1, 1)  # (B, 3, H, W)
-    x.copy_(((h.remainder(6) - 3).abs() - 1).clamp(0, 1) * chroma + low)
+    green = (b - r).add_(chroma, alpha=2)
+    blue = (r - g).add_(chroma, alpha=4)
+    h = torch.lerp(blue, green, (g - high).sign_().add_(1))  # weight 1 where g is the highest, otherwise 0
+    h = torch.lerp(h, g - b, (r - high).sign_().add_(1))
+    turns = h.div_(chroma.clamp(min=1e-12).mul_(6)).add_(shift)
+    thirds = torch.tensor([1.0, 5 / 3, 4 / 3], device=x.device).view(3, 1, 1)  # 1 + k / 6, so that all turns are positive
+    ramp = (turns + thirds).frac_().mul_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)  # (B, 3, H, W)
+    torch.addcmul(low, ramp, chroma, out=x)
 
 
 def gaussian_blur(x, sigma, reach=4):
-    """Separable 9-tap Gaussian with reflected borders; sigma (B, 1, 1, 1) pixels, one per sample."""
+    """Separable Gaussian of 2 * reach + 1 taps with reflected borders; sigma in pixels, one per sample (B, 1, 1, 1)."""
     taps = torch.arange(-reach, reach + 1, device=x.device)
     kernel = torch.softmax(-taps ** 2 / (2 * sigma ** 2), -1)  # (B, 1, 1, 9)
-    padded = F.pad(x, (reach, reach, 0, 0), mode="reflect")
-    rows = sum(padded[..., k:k + x.shape[3]] * kernel[..., k:k + 1] for k in range(2 * reach + 1))
-    padded = F.pad(rows, (0, 0, reach, reach), mode="reflect")
-    x.copy_(sum(padded[..., k:k + x.shape[2], :] * kernel[..., k:k + 1] for k in range(2 * reach + 1)))
+    for dim, border in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+        padded, size = F.pad(x, border, mode="reflect"), x.shape[dim]
+        x.zero_()
+        for k in range(2 * reach + 1):
+            x.addcmul_(padded.narrow(dim, k, size), kernel[..., k:k + 1])
+
+
+def solarize(x):
+    """Invert what is at least 128 of 255."""
+    x.add_((x >= 128 / 255) * (1 - 2 * x))
 
 
 # ------------------------------------------------------------------------------------------------ labelled data and splits

@@ -779,7 +779,7 @@ class Log:
         self.bar.update(n)
         if step % args.log_every:
             return
-        means = losses.all_reduce_sum(torch.stack(list(terms.values()))) / self.world
+        means = losses.all_reduce(torch.stack(list(terms.values()))) / self.world
         terms = dict(zip(terms, means.tolist()))
         stats = losses.collapse_stats(model.teacher_logits, float(now["temp"]))
         seconds = time.perf_counter() - self.clock

@@ -1,0 +1,500 @@
+"""Polyp segmentation from frozen features: a linear, a boosted linear and a DPT head on every checkpoint.
+
+    python probe_segment.py                                              synthetic frames, tested on the same and on a second scope
+    python probe_segment.py runs/demo/best.pt                            the same with a checkpoint, against random initialisation
+    python probe_segment.py A.pt B.pt --data data/Kvasir-SEG             the official 880 / 120 frames
+    python probe_segment.py A.pt --data data/PraNet --heads dpt          TrainDataset / TestDataset/*: a row per test set
+
+The backbone is never trained. Every training frame and its mirror image pass through it once; their tokens stay on disk in
+float16, memory-mapped, so the heads are trained without any augmentation but the mirror. A frame is stretched to a square of
+--size pixels, the logits are stretched back to the mask's own size, and a pixel is polyp where their sigmoid exceeds 0.5.
+The learning rate (and the boosted head's scales) are chosen on validation frames; test frames are predicted once, at the end.
+"""
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from torch import nn
+from tqdm import tqdm
+
+import data
+from probe_classify import (architecture, arguments, backbones, bootstrap_interval, fingerprint, markdown_table, one_sentence,
+                            open_sets, write_rows)
+
+HEADS = {"linear": "linear", "boosted": "boosted linear", "dpt": "DPT"}
+LEARNING_RATES = {"linear": (1e-3, 1e-2), "boosted": (1e-3, 1e-2), "dpt": (2e-4, 1e-3)}  # the validation frames choose
+DPT_BLOCKS = {24: (4, 11, 17, 23)}  # DINOv2's choice for ViT-L; for the other depths it takes the last block of each quarter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def dice_iou(pred, true):
+    """Dice and IoU of one image, boolean (H, W): (1.0, 1.0) when both are empty, (0.0, 0.0) when one of them is."""
+    pred, true = torch.as_tensor(pred), torch.as_tensor(true)
+    if pred.shape != true.shape:
+        raise ValueError(f"a prediction of {tuple(pred.shape)} pixels cannot be compared with a mask of {tuple(true.shape)}")
+    overlap, union = (pred & true).sum().item(), (pred | true).sum().item()
+    return (2 * overlap / (overlap + union), overlap / union) if union else (1.0, 1.0)
+
+
+def pranet_dice_iou(probability, true):
+    """Dice and IoU of one image as PraNet's evaluation reports them (2020): the means over 256 thresholds.
+
+    probability float (H, W) is stretched to 0..255 by its own minimum and maximum and rounded, as if saved to a PNG; the
+    prediction at threshold t = 0..255 is {value >= t}. No overlap counts 0, also when the mask is empty (as in their code).
+    """
+    low, high = probability.min(), probability.max()
+    value = ((probability - low) / (high - low).clamp(min=1e-8) * 255).round().long()                 # (H, W) 0..255
+    at_least = [torch.bincount(value[m], minlength=256).flip(0).cumsum(0).flip(0).double() for m in (true, ~true)]
+    overlap, false_alarms = at_least                                                                  # (256,) pixels >= t
+    dice = 2 * overlap / (overlap + false_alarms + true.sum()).clamp(min=1)
+    return dice.mean().item(), (overlap / (false_alarms + true.sum()).clamp(min=1)).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: tokens (B, L, 1 + N, D) of L blocks, class token first, and their grid (h, w) -> one polyp logit per cell
+
+
+def resize(x, size, align_corners=False):
+    """F.interpolate(x, size, mode="bilinear") of (..., h, w) as two matrix products: their backward pass repeats exactly on GPUs."""
+    def weights(n_in, n_out):
+        identity = torch.eye(n_in, device=x.device)[None]
+        return F.interpolate(identity, n_out, mode="linear", align_corners=align_corners)[0].to(x.dtype)  # (n_in, n_out)
+    return weights(x.shape[-2], size[0]).T @ (x @ weights(x.shape[-1], size[1]))
+
+
+class LinearHead(nn.Module):
+    """Batch norm and a 1x1 convolution (one linear map) on the patch tokens of one or several blocks: DINOv2's BNHead."""
+
+    def __init__(self, dim, levels):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(levels * dim)
+        self.classify = nn.Linear(levels * dim, 1)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.zeros_(self.classify.bias)
+
+    def forward(self, tokens, grid):
+        x = tokens[:, :, 1:].transpose(1, 2).flatten(2)                                 # (B, N, L * D)
+        return self.classify(self.norm(x.flatten(0, 1))).view(len(x), *grid)            # (B, h, w)
+
+
+def conv3(n_in, n_out, **options):
+    return nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, **options)
+
+
+class Reassemble(nn.Module):
+    """The tokens of one block as a map of `width` channels, `scale` times as fine as the patch grid (DPT section 3.1).
+
+    The class token is read out by projection: joined to every patch token and mapped back to D."""
+
+    def __init__(self, dim, width, scale, channels):
+        super().__init__()
+        self.readout = nn.Linear(2 * dim, dim)
+        self.project = nn.Conv2d(dim, width, kernel_size=1)
+        self.rescale = {4: lambda: nn.ConvTranspose2d(width, width, kernel_size=4, stride=4),
+                        2: lambda: nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+                        1: nn.Identity,
+                        0.5: lambda: conv3(width, width, stride=2)}[scale]()
+        self.reduce = conv3(width, channels, bias=False)
+
+    def forward(self, tokens, grid):
+        cls, patches = tokens[:, :1], tokens[:, 1:]
+        x = F.gelu(self.readout(torch.cat([patches, cls.expand_as(patches)], dim=-1)))  # (B, N, D)
+        x = self.project(x.transpose(1, 2).unflatten(2, grid))                          # (B, width, h, w)
+        return self.reduce(self.rescale(x))                                             # (B, channels, scale * h, scale * w)
+
+
+class ResidualUnit(nn.Module):
+    """Two pre-activated convolutions beside the identity."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.conv2 = conv3(channels, channels, bias=False), conv3(channels, channels, bias=False)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Fusion(nn.Module):
+    """Joins a level with what came from the deeper ones, and doubles the resolution. The deepest level has nothing to join."""
+
+    def __init__(self, channels, deepest):
+        super().__init__()
+        self.unit1 = None if deepest else ResidualUnit(channels)
+        self.unit2 = ResidualUnit(channels)
+        self.project = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, level, deeper=None):
+        if deeper is not None:  # an odd grid, halved and doubled, is one cell larger than the level
+            level = deeper + self.unit1(resize(level, deeper.shape[-2:]))
+        return self.project(double(self.unit2(level)))
+
+
+def double(x):
+    return resize(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)
+
+
+class DPTHead(nn.Module):
+    """Dense prediction transformer (Ranftl et al. 2021) as DINOv2 sets it up for depth, with one polyp logit for output.
+
+    Four levels at 4, 2, 1 and 1/2 times the patch grid, fused deepest first; the logits are 16 times as fine as the grid."""
+
+    def __init__(self, dim, channels=256):
+        super().__init__()
+        self.levels = nn.ModuleList(Reassemble(dim, dim // part, scale, channels) for part, scale in ((8, 4), (4, 2), (2, 1), (1, 0.5)))
+        self.fusions = nn.ModuleList(Fusion(channels, deepest=i == 3) for i in range(4))
+        self.project = conv3(channels, channels)
+        self.conv1 = conv3(channels, channels // 2)
+        self.conv2 = conv3(channels // 2, 32)
+        self.classify = nn.Conv2d(32, 1, kernel_size=1)
+
+    def forward(self, tokens, grid):
+        x = None
+        for i in (3, 2, 1, 0):
+            x = self.fusions[i](self.levels[i](tokens[:, i], grid), x)  # (B, channels, 8h, 8w) after level 0
+        x = double(self.conv1(F.relu(self.project(x))))                 # (B, channels / 2, 16h, 16w)
+        return self.classify(F.relu(self.conv2(x)))[:, 0]               # (B, 16h, 16w)
+
+
+def blocks_of(kind, depth):
+    """Which blocks a head reads, and whether through the final norm."""
+    if kind == "dpt":
+        return DPT_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))), False
+    return tuple(range(max(depth - (4 if kind == "boosted" else 1), 0), depth)), True
+
+
+def new_head(kind, model, channels):
+    if kind == "dpt":
+        return DPTHead(model.dim, channels)
+    return LinearHead(model.dim, len(blocks_of(kind, model.depth)[0]))
+
+
+def logits(head, tokens, size):
+    """(B, L, 1 + N, D) tokens of square images -> (B, *size) float32 logits; bf16 autocast on GPUs."""
+    side = round((tokens.shape[2] - 1) ** 0.5)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        low = head(tokens, (side, side))
+    return resize(low.float(), size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen tokens
+
+
+def square(image, size):
+    """PIL image -> (3, size, size) normalised float tensor; stretched, as in PraNet's protocol, so that nothing is cut away."""
+    x = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return (x - mean) / std
+
+
+def read_squares(paths, size):
+    return torch.stack([square(data.read_image(p), size) for p in paths])
+
+
+@torch.no_grad()
+def backbone_tokens(model, images, blocks, norm):
+    """(B, 3, S, S) -> (B, L, 1 + N, D), class token first, registers left out; bf16 autocast on GPUs."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        out = model.intermediate(images, blocks, norm=norm)
+    return torch.stack([torch.cat([o["cls"][:, None], o["patches"]], dim=1) for o in out], dim=1)
+
+
+def frozen_tokens(model, paths, kind, size, mirror, folder="features"):
+    """Memory-mapped float16 array (n, 1 + mirror, L, 1 + N, D): tokens of each frame and, if `mirror`, of its mirror image.
+
+    Computed once and kept under a key of weights, files, blocks and size. Raises ValueError when the disk is too small."""
+    (blocks, norm), device, folder = blocks_of(kind, model.depth), next(model.parameters()).device, pathlib.Path(folder)
+    key = hashlib.sha256(f"segment 1 {blocks} {norm} {mirror} {model.heads} {device.type} {fingerprint(paths, size)}".encode())
+    for name, tensor in model.state_dict().items():
+        key.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    path = folder / f"{key.hexdigest()[:32]}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (len(paths), 1 + mirror, len(blocks), 1 + (size // model.patch_size) ** 2, model.dim)
+    needed, free = 2 * np.prod(shape, dtype=np.int64), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"the {HEADS[kind]} head's features need {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
+                         "choose a smaller size, or another disk with --features")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    loader = torch.utils.data.DataLoader(paths, 8, collate_fn=functools.partial(read_squares, size=size), generator=torch.Generator(),
+                                         num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
+    for i, images in enumerate(tqdm(loader, desc=f"features {size}x{size}", unit="batch", disable=None)):
+        images = images.to(device)
+        for view, x in enumerate([images, images.flip(-1)][: 1 + mirror]):
+            kept[8 * i : 8 * i + len(x), view] = backbone_tokens(model, x, blocks, norm).half().cpu().numpy()
+    kept.flush()
+    os.replace(temporary, path)
+    return np.load(path, mmap_mode="r")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and prediction
+
+
+def read_mask(path, size=None):
+    """(H, W) bool tensor; with `size`, shrunk to that square. JPEG masks are not clean: polyp is above 127."""
+    with data.opened(path) as image:
+        image = image.convert("L")
+        image = image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image) > 127)
+
+
+def segmentation_loss(logits, masks):
+    """Binary cross-entropy per pixel plus soft Dice per image: (B, H, W) logits, (B, H, W) 0 or 1 -> scalar.
+
+    One logit with a sigmoid, since a softmax over two would have the same solutions. One pixel of smoothing defines empty masks."""
+    p = logits.sigmoid()
+    dice = (2 * (p * masks).sum((1, 2)) + 1) / (p.sum((1, 2)) + masks.sum((1, 2)) + 1)
+    return F.binary_cross_entropy_with_logits(logits, masks) + (1 - dice).mean()
+
+
+def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0):
+    """Train a head in place: AdamW, linear warm-up and then linear decay to 0 (the "poly" schedule of power 1).
+
+    tokens (n, V, L, 1 + N, D) array, view 1 of V <= 2 being the mirror image; masks (n, S, S) bool tensor. Every step draws
+    `batch` different frames, each as it is or mirrored. Leaves the head in evaluation mode and returns the last loss."""
+    device, rng, warmup = next(head.parameters()).device, np.random.default_rng(seed), max(steps // 20, 1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    head.train()
+    for _ in (bar := tqdm(range(steps), desc=f"head, lr {lr:g}", unit="step", disable=None)):
+        frames = rng.choice(len(tokens), size=min(batch, len(tokens)), replace=False)
+        views = rng.integers(tokens.shape[1], size=len(frames))
+        x = torch.from_numpy(np.stack([tokens[i, v] for i, v in zip(frames, views)])).to(device).float()       # (B, L, 1 + N, D)
+        y = torch.stack([masks[i].flip(-1) if v else masks[i] for i, v in zip(frames, views)]).to(device).float()  # (B, S, S)
+        loss = segmentation_loss(logits(head, x, y.shape[1:]), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    head.eval()
+    return loss.item()
+
+
+@torch.no_grad()
+def validate(head, tokens, masks):
+    """Mean Dice at 0.5 over frames, each at its mask's own size: tokens (n, 1, L, 1 + N, D) array, masks list of (H, W) bool."""
+    device = next(head.parameters()).device
+    maps = [logits(head, torch.from_numpy(np.array(t)).to(device).float(), m.shape)[0].cpu() for t, m in zip(tokens, masks)]
+    return float(np.mean([dice_iou(z > 0, m)[0] for z, m in zip(maps, masks)]))
+
+
+@torch.no_grad()
+def predict(model, head, kind, image, shape, sizes, mirror=False):
+    """Polyp probability (H, W) = shape of one PIL frame: the mean over square sizes and, if `mirror`, over its mirror image."""
+    device, (blocks, norm), maps = next(head.parameters()).device, blocks_of(kind, model.depth), []
+    for size in sizes:
+        x = square(image, size)[None].to(device)
+        for flip in (False, True)[: 1 + mirror]:
+            tokens = backbone_tokens(model, x.flip(-1) if flip else x, blocks, norm)
+            p = logits(head, tokens.float(), shape)[0].sigmoid()
+            maps.append(p.flip(-1) if flip else p)
+    return torch.stack(maps).mean(0).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def score(probability, true):
+    """One frame's numbers: Dice, IoU, pixels in both, pixels in either, PraNet's mean Dice and mean IoU; and its prediction."""
+    pred = probability > 0.5
+    return (*dice_iou(pred, true), (pred & true).sum().item(), (pred | true).sum().item(), *pranet_dice_iou(probability, true)), pred
+
+
+def summary(scores, groups, seed=0):
+    """scores (n, 6) of `score` -> the columns of a row; the interval draws whole groups."""
+    dice, iou, both, either, pranet_dice, pranet_iou = np.asarray(scores, dtype=float).T
+    low, high = bootstrap_interval(lambda draw: dice[draw].mean(), groups, seed=seed)
+    numbers = {"Dice": dice.mean(), "Dice low": low, "Dice high": high, "IoU": iou.mean(),
+               "dataset IoU": both.sum() / either.sum() if either.sum() else 1.0,
+               "PraNet mDice (256 thresholds)": pranet_dice.mean(), "PraNet mIoU (256 thresholds)": pranet_iou.mean()}
+    return {k: float(v) for k, v in numbers.items()}
+
+
+def prior(masks, val_masks):
+    """The trivial answer, the same for every frame: where polyps were in training, cut where it scores best on validation.
+
+    masks (n, S, S) bool, val_masks list of (H, W) -> (S, S) map that exceeds 0.5 in the chosen region."""
+    mean = masks.float().mean(0)
+    cuts = torch.linspace(0, 1, 21)[:-1] * mean.max()
+    dice = [np.mean([dice_iou(resize(mean, m.shape) > cut, m)[0] for m in val_masks]) for cut in cuts]
+    return mean + 0.5 - cuts[int(np.argmax(dice))]
+
+
+def outlined(image, mask, colour, height=240):
+    """The frame at `height` pixels with the border of a (H, W) mask drawn on it."""
+    size = (round(image.width * height / image.height), height)
+    area = Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+    border = np.array(area.filter(ImageFilter.MaxFilter(3))) != np.array(area.filter(ImageFilter.MinFilter(3)))
+    tile = np.array(image.resize(size, Image.Resampling.BICUBIC))
+    tile[border] = colour
+    return Image.fromarray(tile)
+
+
+def panels(path, frames, masks, preds, dice, each=2):
+    """Figure 3 as a PNG: frame, ground truth (cyan), prediction (yellow); the worst, the median and the best `each` by Dice."""
+    order, middle = np.argsort(dice, kind="stable"), max(len(dice) - each, 0) // 2
+    picks = dict.fromkeys([*order[:each], *order[middle : middle + each], *order[-each:]])
+    rows = []
+    for i in picks:
+        image = data.read_image(frames[i])
+        empty = torch.zeros_like(masks[i])
+        tiles = [outlined(image, m, c) for m, c in ((empty, 0), (masks[i], (0, 255, 255)), (preds[i], (255, 230, 0)))]
+        strip = Image.new("RGB", (sum(t.width + 4 for t in tiles), tiles[0].height + 16))
+        for k, tile in enumerate(tiles):
+            strip.paste(tile, (k * (tile.width + 4), 16))
+        ImageDraw.Draw(strip).text((2, 2), f"Dice {dice[i]:.3f}   {pathlib.Path(frames[i]).stem}   frame | truth | prediction", fill="white")
+        rows.append(strip)
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)))
+    for r, top in zip(rows, np.cumsum([0] + [r.height for r in rows])):
+        sheet.paste(r, (0, int(top)))
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_sets(args, labelled, other):
+    """[(words for the table, labelled set, rows of its test frames)]: --data's own, each of PraNet's five, all of --generalise."""
+    sets = [("same data", labelled, labelled.splits[0].test)]
+    folder = next((f for f in (pathlib.Path(args.data or ".") / sub for sub in ("TestDataset", "data/TestDataset")) if f.is_dir()), None)
+    if folder is not None:
+        loaded = {f.name: data.load_pranet(args.data, f.name) for f in sorted(folder.iterdir()) if f.is_dir()}
+        sets = [(name, test_set, test_set.splits[0].test) for name, test_set in loaded.items()]
+    return sets + ([("unrelated data", other, np.arange(len(other.paths)))] if other else [])
+
+
+def choose_head(args, model, kind, labelled):
+    """Train one head per learning rate on the training frames; returns the one that validation prefers, its rate and Dice."""
+    size, split, device = args.sizes[kind], labelled.splits[0], torch.device(args.device)
+    train, val = (frozen_tokens(model, [labelled.paths[i] for i in rows], kind, size, mirror, args.features)
+                  for rows, mirror in ((split.train, True), (split.val, False)))
+    masks = torch.stack([read_mask(labelled.masks[i], size) for i in split.train])
+    val_masks = [read_mask(labelled.masks[i]) for i in split.val]
+    trained = []
+    for lr in LEARNING_RATES[kind]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            head = new_head(kind, model, args.dpt_channels).to(device)
+        fit_head(head, train, masks, lr, args.steps, args.batch, args.seed)
+        trained.append((validate(head, val, val_masks), lr, head))
+    dice, lr, head = max(trained, key=lambda t: t[0])
+    return head, {"lr": lr, "validation Dice": dice}
+
+
+def test_head(predicted, test_set, rows, path):
+    """Score predicted(image, shape) -> probability on the test frames and draw the panels (no path, no panels): (n, 6)."""
+    scores, preds, masks = [], [], [read_mask(test_set.masks[i]) for i in rows]
+    frames = [test_set.paths[i] for i in rows]
+    for frame, mask in zip(tqdm(frames, desc="test", unit="frame", disable=None), masks):
+        numbers, pred = score(predicted(data.read_image(frame), mask.shape), mask)
+        scores.append(numbers)
+        preds.append(pred)
+    scores = np.array(scores)
+    if path:
+        panels(path, frames, masks, preds, scores[:, 0])
+    return scores
+
+
+def evaluate(args, labelled, sets, base):
+    """The rows of both tables: every backbone, head and test set, then each checkpoint minus random initialisation."""
+    rows, scores, arch_of = [], {}, {}
+
+    def test(name, head, predicted, about, draw=True):
+        for words, test_set, chosen in sets:
+            slug = re.sub("[^a-z0-9]+", "-", f"{name} {head} {words}".lower()).strip("-")
+            path = base.with_name(f"{base.stem}.{slug}.png") if draw else None
+            scores[name, head, words] = s = test_head(predicted, test_set, chosen, path)
+            groups = [test_set.groups[i] for i in chosen]
+            rows.append({"table": "results", "backbone": name, "head": head, "tested on": words} | summary(s, groups, args.seed) | about
+                        | {"frames tested": len(groups), "groups tested": len(set(groups)), "panels": path and path.name})
+
+    split = labelled.splits[0]
+    where = prior(torch.stack([read_mask(labelled.masks[i], 224) for i in split.train]), [read_mask(labelled.masks[i]) for i in split.val])
+    test("mean training mask", "none", lambda image, shape: resize(where, shape), {}, draw=False)
+    for name, model in backbones(args.checkpoints, args.device, args.seed):
+        arch_of[name] = architecture(model)
+        for kind in args.heads:
+            head, chosen = choose_head(args, model, kind, labelled)
+            sizes = [round(args.sizes[kind] * s / 14) * 14 for s in (args.scales if kind == "boosted" else [1])]
+            test(name, HEADS[kind], lambda image, shape: predict(model, head, kind, image, shape, sizes, mirror=kind == "boosted"),
+                 {"chosen on validation": chosen, "test sizes": sizes, "step": model.info["step"]})
+    pairs = [(str(c), f"random initialisation ({arch_of[str(c)]})") for c in args.checkpoints]
+    return rows + differences(scores, pairs, sets, args.seed)
+
+
+def differences(scores, pairs, sets, seed):
+    """Mean Dice of each checkpoint minus its random initialisation's: the same groups are drawn for both (paired bootstrap)."""
+    rows = []
+    for name, random in pairs:
+        for head, (words, test_set, chosen) in ((h, s) for b, h, w in scores if b == name for s in sets if s[0] == w):
+            gain = scores[name, head, words][:, 0] - scores[random, head, words][:, 0]
+            low, high = bootstrap_interval(lambda draw: gain[draw].mean(), [test_set.groups[i] for i in chosen], seed=seed)
+            rows.append({"table": "difference", "backbone": name, "minus": random, "head": head, "tested on": words,
+                         "Dice": float(gain.mean()), "Dice low": float(low), "Dice high": float(high)})
+    return rows
+
+
+def parse(argv):
+    parser = arguments(__doc__, "polyps (Kvasir-SEG, or PraNet's tree)")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, help="which heads; None: all on a GPU, linear and boosted on a CPU")
+    parser.add_argument("--size", type=int, help="side of the square frame in pixels, linear and DPT; None: 518 on a GPU, 224 on a CPU")
+    parser.add_argument("--boosted-size", type=int, help="the same for the boosted head; None: 644 on a GPU, 336 on a CPU")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1, 1.32, 1.73], help="of the boosted head's size at test time")
+    parser.add_argument("--dpt-channels", type=int, help="width of the DPT head's fusion; None: 256 (DINOv2's) on a GPU, 64 on a CPU")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of a head, for each learning rate tried")
+    parser.add_argument("--batch", type=int, default=16, help="frames per step")
+    parser.add_argument("--features", default="features", help="folder of the frozen tokens; a large file per backbone and head")
+    args = parser.parse_args(argv)
+    cpu = torch.device(args.device).type == "cpu"
+    args.heads = args.heads or (["linear", "boosted"] if cpu else list(HEADS))
+    args.size, args.boosted_size = args.size or (224 if cpu else 518), args.boosted_size or (336 if cpu else 644)
+    args.dpt_channels = args.dpt_channels or (64 if cpu else 256)
+    args.sizes = {"linear": args.size, "boosted": args.boosted_size, "dpt": args.size}
+    for flag in ("size", "boosted_size"):
+        if getattr(args, flag) < 14 or getattr(args, flag) % 14:
+            raise SystemExit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a multiple of the patch size, 14 pixels")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    labelled, other = open_sets(args, "polyps")
+    first = pathlib.Path(args.checkpoints[0]) if args.checkpoints else pathlib.Path("runs/random.pt")
+    path = pathlib.Path(args.out or first.with_suffix(".polyps.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_sentence(), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        rows = evaluate(args, labelled, test_sets(args, labelled, other), path)
+    split = labelled.splits[0]
+    about = {"data": labelled.name, "unrelated data": other and f"{other.name}, all {len(other.paths)} frames",
+             "split": f"{len(split.train)} training, {len(split.val)} validation, {len(split.test)} test frames",
+             "metric": "Dice and IoU: means over frames at threshold 0.5 and the mask's own size; dataset IoU: all frames' pixels together; "
+             "PraNet: mean over 256 thresholds after stretching each prediction to 0..1", "steps": args.steps, "batch": args.batch,
+             "pixels": args.sizes, "seed": args.seed, "paper value": "not available"}
+    rows = [row | about for row in rows]
+    print("\n## Polyps\n\n" + "\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
+    for table, title in (("results", "Results"), ("difference", "Checkpoint minus random initialisation, 95 % interval over groups")):
+        if chosen := [row for row in rows if row["table"] == table]:
+            print(f"\n### {title}\n\n{markdown_table(chosen, hidden={'table', 'step', 'panels', *about})}")
+    write_rows(rows, path)
+    print(f"\nrows: {path}; panels beside them")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

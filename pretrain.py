@@ -128,14 +128,14 @@ class DINOv2(nn.Module):
         cls, patch = project(self.teacher, out["cls"], out["patches"].flatten(0, 1)[masked])  # (2B, K), (M, K)
         self.teacher_logits = cls
         if self.centering == "sinkhorn":
-            cls_target, patch_target = losses.sinkhorn(cls, temp), losses.sinkhorn(patch, temp)
+            targets = losses.teacher_targets(cls.unflatten(0, (2, -1)), temp), losses.teacher_targets(patch, temp)
         else:  # the centre of this batch serves the next one
-            cls_target = losses.centered_softmax(cls, self.dino_center, temp)
-            patch_target = losses.centered_softmax(patch, self.ibot_center, temp)
+            targets = (losses.teacher_targets(cls.unflatten(0, (2, -1)), temp, self.dino_center),
+                       losses.teacher_targets(patch, temp, self.ibot_center))
             for center, logits in ((self.dino_center, cls), (self.ibot_center, patch)):
                 new = losses.update_center(center, logits)
                 center.copy_(torch.where(new.isfinite().all(), new, center))  # one bad batch must not poison the teacher
-        return cls_target.unflatten(0, (2, -1)), patch_target
+        return targets
 
     @torch.no_grad()
     def update_teacher(self, momentum):

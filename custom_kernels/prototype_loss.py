@@ -50,6 +50,8 @@ def cross_entropy(student, targets, temp=0.1, shift=0, n_targets=1, impl="auto")
     No gradient reaches the targets. impl: auto | triton | torch; "triton" raises ValueError where the kernels cannot run.
     """
     rows, teacher = student.flatten(0, -2), targets.logits.flatten(0, -2)  # (n, K), (m, K)
+    if rows.shape[1] != teacher.shape[1] or len(rows) * n_targets % max(len(teacher), 1):
+        raise ValueError(f"student logits {tuple(student.shape)} cannot be paired with {n_targets} of the targets {tuple(targets.logits.shape)} each")
     if use_triton(rows, impl):
         loss = rowwise_cross_entropy(rows, teacher, targets.bias, temp, targets.temp, shift, n_targets)[0]
     else:
@@ -77,24 +79,35 @@ def paired_rows(n, m, shift, n_targets, device):
 
 
 def use_triton(logits, impl="auto"):
-    """Whether the kernels take these logits. impl="auto" asks for a GPU that they are built for; "triton" insists."""
+    """Whether the kernels take these logits. "auto" uses them on any GPU they are built for, "triton" insists, "torch" declines."""
+    return triton_chosen(logits.device, logits.dtype, impl)
+
+
+@torch.compiler.assume_constant_result
+def triton_chosen(device, dtype, impl):
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl is {impl!r}: it must be auto, triton or torch")
-    if impl == "torch" or impl == "auto" and (not logits.is_cuda or os.environ.get("ENDODINO_PROTOTYPE_LOSS") == "torch"):
+    if impl == "torch" or impl == "auto" and (device.type != "cuda" or os.environ.get("ENDODINO_PROTOTYPE_LOSS") == "torch"):
         return False
-    obstacle = why_not_triton(logits.device, logits.dtype)
-    if obstacle and (impl == "triton" or logits.dtype == torch.bfloat16):
+    if dtype == torch.bfloat16:
+        raise ValueError("bfloat16 logits are too coarse for a teacher at temperature 0.04, where one rounding moves a probability "
+                         "by up to 5 %: let the head return float32 or float16")
+    obstacle = why_not_triton(device, dtype)
+    if obstacle and impl == "triton":
         raise ValueError(f"the prototype loss kernels cannot run: {obstacle}")
     say_once(f"prototype loss: {f'plain PyTorch, because {obstacle}' if obstacle else 'Triton kernels'}")
     return obstacle is None
 
 
 @functools.cache
+def say_once(line):
+    if not in_process_group() or dist.get_rank() == 0:
+        print(line)
+
+
+@functools.cache
 def why_not_triton(device, dtype):
     """None where the kernels run, else the reason in words."""
-    if dtype == torch.bfloat16:
-        return ("bfloat16 logits are too coarse for a teacher at temperature 0.04 (one rounding moves a probability by up to 5 %); "
-                "let the head return float32 or float16")
     if dtype not in (torch.float32, torch.float16):
         return f"the logits are {dtype}, not float32 or float16"
     if importlib.util.find_spec("triton") is None:
@@ -106,14 +119,12 @@ def why_not_triton(device, dtype):
     return None
 
 
-@functools.cache
-def say_once(line):
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line)
-
-
 def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def in_process_group():
+    return dist.is_available() and dist.is_initialized()
 
 
 def wide(x):
@@ -123,7 +134,7 @@ def wide(x):
 
 def over_processes(lse):
     """log-sum-exp over the processes of the process group, if there is one: (K,) -> (K,)."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return lse
     top = lse.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX)

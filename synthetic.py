@@ -95,247 +95,259 @@ def skin(rng, n):
 
 def anatomy(kind, rng):
     """The scene of one stretch of gut, in units of its radius. kind: a landmark, mayo-0 .. mayo-3, polyp or colon."""
-    u, phase = rng.uniform, lambda: rng.uniform(0, 2 * math.pi)
+    u, phase, spread = rng.uniform, lambda: rng.uniform(0, 2 * math.pi), lambda sd: rng.normal(0, sd, 2).tolist()
     s = SimpleNamespace(
-        kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=1e3, corner=.3,
-        fold=u(.15, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=rng.normal(0, .15, 2).tolist(), rugae=0, spokes=None, hole=None,
-        shaft=None, polyp=None, line=None, vessels=u(.6, 1), red=0., granular=u(0, .15), villi=0., petechiae=0., erosions=0., ulcers=0., blood=0.,
-        ahead=(1.5, 4.), aside=.5, start=0., speed=u(.01, .03))
-    if kind in LANDMARKS:
-        s.__dict__.update(end=u(1.7, 2.5), sway=u(0, .08), corner=u(.5, .9), fold=u(0, .08), ahead=(1.6, 2.4), aside=.4, speed=u(.003, .01))
-    if kind == "cecum":  # three folds meet at the blind end beside the orifice of the appendix
+        kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,
+        fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2), rugae=0, spokes=None, hole=None,
+        shaft=None, polyp=None, line=None, vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
+        blood=0., start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.01, .03))
+    if kind in LANDMARKS and kind != "ileum":  # these end within sight
+        vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5, speed=u(.003, .01))
+    if kind == "cecum":  # three folds meet at the blind end, beside the orifice of the appendix
         at, r = phase(), u(.15, .3)
-        s.__dict__.update(fold=u(.12, .25), spacing=u(1.2, 1.8), spokes=(3, u(.28, .45), u(.12, .2), phase()),
-                          hole=(r * math.cos(at), r * math.sin(at), u(.10, .15), u(.05, .08), 0, 0.))
-    elif kind == "ileum":  # narrow, no haustra, velvety
-        s.__dict__.update(end=1e3, sway=u(.2, .5), spacing=u(.35, .6), villi=u(.7, 1.), vessels=u(0, .3), ahead=(1.5, 4.), aside=.6)
-    elif kind == "pylorus":  # a round dark hole
-        r = u(.12, .26)
-        s.__dict__.update(fold=u(.04, .15), spokes=(int(rng.integers(5, 9)), u(.06, .14), u(.12, .2), phase()), vessels=u(0, .3),
-                          hole=(*rng.normal(0, .06, 2).tolist(), r, r * u(.8, 1), 0, 0.))
-    elif kind == "z-line":  # pale above, salmon below an irregular line; a star closes the end
-        s.__dict__.update(end=u(1.9, 2.7), vessels=u(.4, .8), line=(u(1.5, 2.2), u(.12, .3), phase()),
-                          spokes=(int(rng.integers(4, 7)), u(.1, .22), u(.14, .2), phase()),
-                          hole=(*rng.normal(0, .1, 2).tolist(), u(.14, .24), u(.14, .24), int(rng.integers(4, 6)), u(.2, .4)))
-    elif kind == "retroflex-rectum":  # the scope sees itself enter through the dentate line
-        s.__dict__.update(shaft=(*rng.normal(0, .12, 2).tolist(), phase(), u(.16, .24)), line=(u(2.2, 2.5), u(.1, .2), phase()),
-                          spokes=(int(rng.integers(6, 10)), u(.06, .14), u(.08, .12), phase()))
+        vars(s).update(fold=u(.1, .22), spacing=u(1.2, 1.8), spokes=(3, u(.28, .45), u(.12, .2), phase()),
+                       hole=(r * math.cos(at), r * math.sin(at), u(.10, .15), u(.05, .08), 0, 0.))
+    elif kind == "ileum":  # velvety, without the colon's folds and vessels
+        vars(s).update(fold=u(0, .06), spacing=u(.35, .7), villi=u(.7, 1.), vessels=u(0, .3))
+    elif kind == "pylorus":  # a round dark hole in smooth, converging mucosa
+        r = u(.14, .28)
+        vars(s).update(fold=u(.02, .12), spokes=(int(rng.integers(5, 9)), u(.06, .14), u(.12, .2), phase()), vessels=u(0, .3),
+                       hole=(*spread(.06), r, r * u(.8, 1), 0, 0.))
+    elif kind == "z-line":  # pale above an irregular line, salmon below it; a star closes the end
+        vars(s).update(end=u(1.9, 2.7), vessels=u(.4, .8), line=(-1, u(1.3, 2.4), u(.15, .4), phase(), u(.2, .45)),
+                       spokes=(int(rng.integers(4, 7)), u(.1, .22), u(.14, .2), phase()),
+                       hole=(*spread(.1), u(.14, .24), u(.14, .24), int(rng.integers(4, 6)), u(.2, .4)))
+    elif kind == "retroflex-rectum":  # the scope sees itself come in through the dentate line
+        vars(s).update(shaft=(*spread(.12), phase(), u(.14, .24)), line=(1, s.end + u(.3, .6), u(.1, .2), phase(), u(.2, .45)),
+                       spokes=(int(rng.integers(6, 10)), u(.06, .14), u(.08, .12), phase()))
     elif kind == "retroflex-stomach":  # the scope sees itself among thick winding folds
-        s.__dict__.update(shaft=(*rng.normal(0, .12, 2).tolist(), phase(), u(.14, .22)), rugae=int(rng.integers(8, 13)), vessels=u(0, .35))
+        vars(s).update(shaft=(*spread(.12), phase(), u(.14, .24)), rugae=int(rng.integers(4, 7)), vessels=u(0, .35))
     elif kind == "polyp":
-        s.__dict__.update(start=u(0, 9), sway=u(.1, .3), speed=u(.01, .03))
-        s.polyp = polyp_at(s, rng, s.start + u(.9, 1.6))
-    elif kind.startswith("mayo"):
+        s.polyp = polyp_at(s, rng, s.start + u(.8, 1.6))
+    elif kind.startswith("mayo"):  # vessels fade, then redness, granules, erosions; last ulcers and blood
         grade = int(kind[-1])
-        s.__dict__.update(fold=u(.05, .25), aside=1., vessels=(u(.8, 1.), u(.25, .4), u(0., .08), 0.)[grade], red=.25 * (grade + u(-.5, .5)),
-                          granular=(u(0, .15), u(.25, .45), u(.6, .9), u(.6, 1.))[grade], petechiae=(0, 0, u(.5, 1), u(.4, 1))[grade],
-                          erosions=(0, 0, u(.3, .8), u(.3, .8))[grade], ulcers=(0, 0, 0, u(.5, 1))[grade], blood=(0, 0, 0, u(.2, 1))[grade])
+        pick = lambda *ranges: u(*ranges[grade])  # noqa: E731
+        vars(s).update(fold=u(.05, .25), aside=1., red=.22 * (grade + u(-.8, .8)),
+                       vessels=pick((.8, 1.), (.2, .4), (0, .05), (0, .02)), granular=pick((0, .15), (.2, .4), (.5, .9), (.5, 1.)),
+                       petechiae=pick((0, 0), (0, 0), (.5, 1.), (.3, 1.)), erosions=pick((0, 0), (0, 0), (.3, .8), (.3, .8)),
+                       ulcers=pick((0, 0), (0, 0), (0, 0), (.5, 1.)), blood=pick((0, 0), (0, 0), (0, 0), (.2, 1.)))
     return s
 
 
-def centreline(s, z):
-    return s.sway * (z * .7 + s.sway_at[0]).sin(), s.sway * (z * .5 + s.sway_at[1]).sin()
-
-
-def camera(s, rng, t=0):
-    """Position (3,) and rotation (3, 3; columns right, down, forward) at frame t of the path that rng draws."""
-    u = rng.uniform
-    offset, aside, ahead, roll = rng.normal(0, .17, 2).clip(-.4, .4), rng.normal(0, s.aside, 2), u(*s.ahead), u(0, 2 * math.pi)
-    wobble = [.06 * math.sin(u(.1, .4) * t + u(0, 6)) for _ in range(5)]
-    z = s.start + s.speed * t + u(-.2, .4)
-    at = lambda z: np.array([float(c) for c in centreline(s, torch.tensor(z))])  # noqa: E731
-    position = np.array([*(at(z) + offset + wobble[:2]), z])
-    far = z + ahead if s.end > 1e2 else s.end
-    target = np.array([*(at(far) + aside + wobble[2:4]), far])
-    if s.polyp:  # somewhere in view
-        target = s.polyp.centre.numpy() + np.array([*aside, 0.]) * .6 + [*wobble[2:4], 0.]
-    forward = target - position
-    forward /= np.linalg.norm(forward)
-    roll += wobble[4]
-    right = np.cross((math.cos(roll), math.sin(roll), 0.), forward)
-    right /= np.linalg.norm(right)
-    return (torch.tensor(a, dtype=torch.float32) for a in (position, np.stack([right, np.cross(forward, right), forward], 1)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering
-
-@lru_cache
-def rays(size, scope):
-    """Directions (3, size, size) of a lens with barrel distortion, the mask of what the frame shows, the vignette."""
-    o = SCOPES[scope]
-    c = (torch.arange(size) + .5) / size * 2 - 1
-    y, x = torch.meshgrid(c, c, indexing="ij")
-    r = torch.hypot(x, y)
-    angle = math.radians(o["fov"] / 2) * r * (1 + o["barrel"] * r * r) / (1 + o["barrel"])
-    angle = angle.clamp(max=1.75)
-    visible = ((x.abs() + y.abs() < o["corner"]) & (r < o["round"])).float()
-    return torch.stack([angle.sin() * x / r, angle.sin() * y / r, angle.cos()]), visible, 1 - o["vignette"] * r * r / 2
-
-
-def smooth_min(a, b, k):
-    h = (k - (a - b).abs()).clamp(min=0) / k
-    return torch.minimum(a, b) - h * h * (k / 4)
-
-
-def distances(p, s):
-    """Distance from p (3, ...) inside the lumen to the mucosa, the shaft, the polyp (None where absent), and the
-    coordinates (rho, theta) about the centreline."""
-    x, y, z = p
-    cx, cy = centreline(s, z)
-    x, y = x - cx, y - cy
-    rho, theta = torch.hypot(x, y), torch.atan2(y, x)
-    radius = 1 + s.oval * (2 * theta + s.oval_at).cos()
-    if s.fold:  # haustral folds: sharp rings, tilted, thicker between the three teniae
-        ring = z + s.tilt[0] * x + s.tilt[1] * y + .08 * (2 * theta + s.fold_at).sin()
-        crest = (3 * ((2 * math.pi / s.spacing * ring + s.fold_at).cos() - 1)).exp()
-        radius = radius - s.fold * crest * (1 + .6 * (3 * theta + s.teniae).cos())
-    if s.rugae:
-        wave = (s.rugae * theta + 2.2 * (2.1 * z + s.fold_at).sin() + 1.3 * (5.3 * z + s.teniae).sin()).cos()
-        radius = radius - .17 * (1 - wave.abs()) ** .7 * 1.2
-    d = radius - rho
-    if s.end < 1e2:
-        cap = s.end - z
-        if s.spokes:  # ridges that run to the centre of the end
-            m, height, width, at = s.spokes
-            across = rho * rho * (2 / m ** 2) * (1 - (m * (theta - at)).cos())
-            cap = cap - height * (-across / width ** 2).exp() * (1.4 * rho).clamp(max=1)
-        d = smooth_min(d, cap, s.corner)
-        if s.hole:
-            hx, hy, rx, ry, m, star = s.hole
-            hole = ((x - hx) ** 2 / rx ** 2 + (y - hy) ** 2 / ry ** 2).sqrt()
-            hole = (1 + star * (m * theta).cos() - hole) * min(rx, ry) if star else (1 - hole) * min(rx, ry)
-            d = -smooth_min(-d, -hole, .12)
-    shaft = polyp = None
-    if s.shaft:
-        shaft = capsule(p, s) 
-    if s.polyp:
-        polyp = lump(p, s.polyp)
-    return d, shaft, polyp, rho, theta
-
-
-def capsule(p, s):
-    """Distance to the scope's own shaft: from the middle of the far end to a point beside the camera."""
-    sx, sy, at, r = s.shaft
-    a = torch.tensor([sx, sy, s.end + .5]).view(3, 1, 1)
-    b = torch.tensor([1.1 * math.cos(at), 1.1 * math.sin(at), -.6]).view(3, 1, 1) - a
-    h = (((p - a) * b).sum(0) / (b * b).sum()).clamp(0, 1)
-    return (p - a - h * b).norm(dim=0) - r
-
-
-def lump(p, q):
-    """Distance to a polyp: an ellipsoid in the frame (inward, around, along) of its place on the wall, and its stalk."""
-    e = ((p - q.centre.view(3, 1, 1)) * q.frame.view(3, 3, 1, 1)).sum(1)  # (3, H, W)
-    d = ((e / q.axes.view(3, 1, 1)).norm(dim=0) - 1) * q.axes.min()
-    if q.stalk:
-        d = torch.minimum(d, torch.maximum(torch.hypot(e[1], e[2]) - q.stalk, e[0]))
-    return d
-
-
 def polyp_at(s, rng, z):
-    """A polyp on the wall of scene s at depth z, sessile or on a stalk."""
+    """A polyp on the wall of scene s at depth z, sessile or on a stalk: an ellipsoid with axes inward, around, along."""
     u = rng.uniform
     size, angle, stalked = u(.14, .4), u(0, 2 * math.pi), u() < .35
     axes = torch.tensor([size * (u(.8, 1.1) if stalked else u(.5, 1.)), size * u(.8, 1.2), size * u(.8, 1.3)])
     lift = float(axes[0]) * (u(1.1, 1.6) if stalked else u(.1, .5))
     inward = torch.tensor([-math.cos(angle), -math.sin(angle), 0.])
-    middle = torch.tensor([*(float(c) for c in centreline(s, torch.tensor(z))), z])
     frame = torch.stack([inward, torch.tensor([math.sin(angle), -math.cos(angle), 0.]), torch.tensor([0., 0., 1.])])
-    return SimpleNamespace(centre=middle - (1 - lift) * inward, frame=frame, axes=axes, stalk=size * .35 if stalked else 0., red=u(-.25, .5), pits=u(.2, 1))
+    return SimpleNamespace(centre=middle(s, z) - (1 - lift) * inward, frame=frame, axes=axes, stalk=size * .35 if stalked else 0.,
+                           red=u(-.25, .5), pits=u(.2, 1))
 
 
-def trace(origin, dirs, s):
-    """Distance t (H, W) along each ray to the first surface: a walk at half the resolution, then its last steps at full."""
-    nearest = lambda p: torch.stack([d for d in distances(p, s)[:3] if d is not None]).amin(0)  # noqa: E731
-    o = origin.view(3, 1, 1)
+def centreline(s, z):
+    return s.sway * (z * .7 + s.sway_at[0]).cos(), s.sway * (z * .5 + s.sway_at[1]).cos()
+
+
+def middle(s, z):
+    """The point (3,) of the centreline at depth z."""
+    return torch.stack([*centreline(s, torch.tensor(float(z))), torch.tensor(float(z))])
+
+
+def camera(s, rng, t=0):
+    """Position (3,) and rotation (3, 3; columns right, down, forward) at frame t of the path that rng draws."""
+    u = rng.uniform
+    offset, aside, ahead, roll = rng.normal(0, .2, 2).clip(-.4, .4), rng.normal(0, s.aside, 2), u(*s.ahead), u(0, 2 * math.pi)
+    wobble = np.array([.06 * math.sin(u(.1, .4) * t + u(0, 6)) for _ in range(6)])
+    z = s.start + u(-.3, .4) + s.speed * t
+    position = middle(s, z).numpy() + [*(offset + wobble[:2]), 0]
+    target = s.polyp.centre if s.polyp else middle(s, s.end or z + ahead)
+    forward = target.numpy() + [*(aside * (.5 if s.polyp else 1) + wobble[2:4]), 0] - position
+    forward /= np.linalg.norm(forward)
+    right = np.cross((math.cos(roll + wobble[4]), math.sin(roll + wobble[4]), 0), forward)
+    right /= np.linalg.norm(right)
+    turn = np.stack([right, np.cross(forward, right), forward], 1)
+    return torch.from_numpy(position).float(), torch.from_numpy(turn).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry: distances inside the lumen, and the first hit of every ray
+
+def length(v):
+    return (v * v).sum(0).sqrt()  # several times faster than torch.norm over three rows
+
+
+def smooth_min(a, b, k):
+    h = (k - (a - b).abs()).clamp(min=0)
+    return torch.minimum(a, b) - h * h / (4 * k)
+
+
+def lumen(p, s):
+    """Distance (H, W) from points p (3, H, W) inside the lumen to its wall, and their polar coordinates (rho, theta)."""
+    x, y, z = p
+    cx, cy = centreline(s, z)
+    x, y = x - cx, y - cy
+    rho, theta = torch.hypot(x, y), torch.atan2(y, x)
+    radius = 1 + s.oval * (2 * theta + s.oval_at).cos()
+    if s.fold:  # haustra: sharp tilted crests, thicker between the three teniae
+        ring = 2 * math.pi / s.spacing * (z + s.tilt[0] * x + s.tilt[1] * y + .12 * (theta + 1.3 * z).cos()) + s.fold_at
+        radius = radius - s.fold * (3 * ring.cos() - 3).exp() * (1 + .7 * (3 * theta + s.teniae + 1.9 * z).cos())
+    if s.rugae:
+        wave = (s.rugae * theta + 1.6 * (2.1 * z + s.fold_at).cos() + .8 * (5.3 * z + s.teniae).cos()).cos()
+        radius = radius - .2 * (wave * wave + .01).sqrt()
+    d = radius - rho
+    if s.end:
+        d = smooth_min(d, s.end - z - relief(rho, theta, s), s.corner)
+    if s.hole:
+        hx, hy, rx, ry, points, star = s.hole
+        hole = 1 + star * (points * theta).cos() - torch.hypot((x - hx) / rx, (y - hy) / ry)
+        d = -smooth_min(-d, -min(rx, ry) * hole, .12)
+    return d, rho, theta
+
+
+def relief(rho, theta, s):
+    """Height of the ridges that run to the centre of a closed end."""
+    if not s.spokes:
+        return 0.
+    number, height, width, at = s.spokes
+    across = rho * rho * (2 / number ** 2) * (1 - (number * (theta - at)).cos())  # squared distance from the nearest ridge
+    return height * (-across / width ** 2).exp() * (1.4 * rho).clamp(max=1)
+
+
+def shaft(p, s):
+    """Distance to the scope's own shaft: a rod from behind the closed end to a place beside the camera."""
+    x, y, at, radius = s.shaft
+    start = torch.tensor([x, y, s.end + .5]).view(3, 1, 1)
+    rod = torch.tensor([1.1 * math.cos(at), 1.1 * math.sin(at), -.6]).view(3, 1, 1) - start
+    along = (((p - start) * rod).sum(0) / (rod * rod).sum()).clamp(0, 1)
+    return length(p - start - along * rod) - radius
+
+
+def polyp(p, q):
+    """Distance (a lower bound) to polyp q and its stalk."""
+    e = (q.frame @ (p - q.centre.view(3, 1, 1)).view(3, -1)).view(p.shape)
+    d = (length(e / q.axes.view(3, 1, 1)) - 1) * q.axes.min()
+    return torch.minimum(d, torch.maximum(torch.hypot(e[1], e[2]) - q.stalk, e[0])) if q.stalk else d
+
+
+def nearest(p, s):
+    d = lumen(p, s)[0]
+    d = torch.minimum(d, shaft(p, s)) if s.shaft else d
+    return torch.minimum(d, polyp(p, s.polyp)) if s.polyp else d
+
+
+@lru_cache
+def rays(size, scope):
+    """Directions (3, size, size) of a lens with barrel distortion, what the frame shows (bool), and the vignette."""
+    o = SCOPES[scope]
+    c = (torch.arange(size) + .5) / size * 2 - 1
+    y, x = torch.meshgrid(c, c, indexing="ij")
+    r = torch.hypot(x, y)
+    angle = (math.radians(o["fov"] / 2) * r * (1 + o["barrel"] * r * r) / (1 + o["barrel"])).clamp(max=1.75)
+    shown = (x.abs() + y.abs() < o["corner"]) & (r < o["round"])
+    return torch.stack([angle.sin() * x / r, angle.sin() * y / r, angle.cos()]), shown, 1 - o["vignette"] * r * r / 2
+
+
+def look_around(s, origin, turn, size, scope):
+    """Trace all rays: directions (3, H, W), distance t (H, W), hit points (3, H, W), masks (H, W) of polyp and shaft."""
+    dirs, shown, _ = rays(size, scope)
+    dirs = (turn @ dirs.view(3, -1)).view(3, size, size)
+    origin = origin.view(3, 1, 1)
     half = F.avg_pool2d(dirs, 2)
     t = torch.full(half.shape[1:], .02)
-    for _ in range(22):
-        t = t + .7 * nearest(o + t * half)
-    t = -F.max_pool2d(-t[None], 3, 1, 1)  # no further than any neighbour, so that thin silhouettes are not jumped over
-    t = F.interpolate(t[None], scale_factor=2)[0, 0] * .98
-    for _ in range(6):
-        t = t + .7 * nearest(o + t * dirs)
-    return t.clamp(.02, 12)
-
-
-def seen_polyp(s, origin, turn, size, scope):
-    """Rays (3, H, W), distance along them, what lies there, and the mask (H, W) of the polyp's visible part."""
-    dirs, visible, _ = rays(size, scope)
-    dirs = (turn @ dirs.view(3, -1)).view(3, size, size)
-    t = trace(origin, dirs, s)
-    parts = distances(origin.view(3, 1, 1) + t * dirs, s)
-    mask = (parts[2] < parts[0]) & (visible > 0) if s.polyp else torch.zeros(size, size, dtype=torch.bool)
-    return dirs, t, parts, mask
-
-
-def render(s, look, maps, origin, turn, noise_rng, size=256, scope=1):
-    """One frame: uint8 (size, size, 3) and the mask of the polyp (size, size) bool."""
-    o = SCOPES[scope]
-    _, visible, vignette = rays(size, scope)
-    dirs, t, (wall, shaft, polyp, rho, theta), seen = seen_polyp(s, origin, turn, size, scope)
-    p = origin.view(3, 1, 1) + t * dirs
-    none = torch.zeros_like(t)
-    on_polyp = seen.float()
-    on_shaft = (shaft < wall.clamp(min=.01)).float() if shaft is not None else none
-
-    # texture: (angle, depth) on the wall, straight on at the end of a blind tube
-    depth = p[2] + 1 - rho
-    flat = ((s.end - p[2] < .45) & (rho < .8)) if s.end < 1e2 else none.bool()
-    u = torch.where(flat, p[0] * .35, theta / math.pi)
-    v = torch.where(flat, p[1] * .35, depth * .35)
-    uv = torch.stack([u, v], -1) % 1 * 2 - 1
-    tree, low, mid, small, fine = F.grid_sample(maps[None], uv[None], align_corners=False)[0]
-    near = (1.6 - .35 * t).clamp(0, 1)  # detail is lost with distance
-
-    step = lambda x, at, width=.15: ((x - at) / width + .5).clamp(0, 1)  # noqa: E731
-    ulcer = step(low + .45 * mid + .2 * small, 2.1 - 1.2 * s.ulcers) if s.ulcers else none
-    erosion = step(small + .3 * low, 2.5 - .6 * s.erosions, .3) if s.erosions else none
-    mucus = step(mid + .6 * low + .2 * small, 2.3 - look.mucus * .6, .5) * .8
-    petechia = step(fine + .5 * low, 2.6 - .9 * s.petechiae, .4) if s.petechiae else none
-    blood = step(mid - .8 * low + .2 * small, 2.9 - 1.0 * s.blood, .2) if s.blood else none
-    pale = none
-    if s.line:
-        at, tongue, ph = s.line
-        zig = tongue * ((3 * theta + ph).sin() * .5 + (7 * theta + 2 * ph).sin() * .4 + .4 * mid)
-        pale = step(at + zig - depth, 0, .04) if s.kind == "z-line" else step(depth - at - zig, 0, .04)
-
-    height = .010 * s.granular * small + .010 * s.villi * fine + .012 * s.villi * small + .002 * fine + .004 * mid
-    height = height - .02 * ulcer + .015 * mucus + .008 * tree * s.vessels
-    if polyp is not None:
-        height = height + on_polyp * s.polyp.pits * (.006 * small + .004 * fine)
-    normal = normals(origin.view(3, 1, 1) + (t - height * near) * dirs)
-    facing = -(normal * dirs).sum(0)
-
-    vessel = tree * s.vessels * (1 - .8 * pale) * near * (1 - on_polyp * .6)
-    red = s.red * (.6 + .5 * low.clamp(-1, 1)) + .9 * petechia + .5 * (erosion > 0).float() + 1.6 * blood
-    if polyp is not None:
-        red = red + on_polyp * s.polyp.red
-    absorb = torch.tensor([.12, 1.0, .85]).view(3, 1, 1) * (.7 * vessel + .75 * red - .45 * pale + .06 * low + .05 * mid + .05 * s.villi * fine)
-    albedo = (torch.tensor(look.log_base).view(3, 1, 1) * (1 + .12 * t.clamp(max=4)) - absorb).exp()
-    albedo = torch.lerp(albedo, torch.tensor([.9, .82, .6]).view(3, 1, 1), torch.maximum(ulcer, .7 * (erosion - petechia).clamp(0, 1)))
-    albedo = torch.lerp(albedo, torch.tensor([.85, .8 - .15 * look.bile, .7 - .5 * look.bile]).view(3, 1, 1), mucus * .7 * (1 - on_shaft))
-    albedo = torch.lerp(albedo, torch.tensor([.05, .05, .06]).view(3, 1, 1), on_shaft)
-
-    light = facing.clamp(min=0) * .9 + .1
-    energy = light / (t * t + .05)
-    energy = energy * look.exposure / (energy.clamp(max=6) * visible).mean() * 1.1
-    shine = facing.clamp(min=0) ** 60 * look.gloss * step(small + fine, .6, .8) * (1 - .5 * on_shaft)
-    image = 1 - (-(albedo * energy + 1.2 * shine * energy.clamp(.3, 2))).exp()
-    image = image * vignette * torch.tensor([g * h for g, h in zip(look.gain, o["gain"])]).view(3, 1, 1)
-    image = image.clamp(0, 1) ** look.gamma
-    for _ in range(o["blur"]):
-        image = F.avg_pool2d(F.pad(image[None], (1, 0, 1, 0), mode="replicate"), 2, 1)[0]
-    grain = torch.from_numpy(noise_rng.standard_normal((3, size, size), dtype=np.float32))
-    image = (image + o["noise"] * grain * (.4 + image)).clamp(0, 1) * visible
-    return (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy(), seen.numpy()
+    for _ in range(22):  # at half the resolution ...
+        t = t + .7 * nearest(origin + t * half, s)
+    t = -F.max_pool2d(-t[None], 3, 1, 1)  # ... no further than any neighbour, lest a thin edge be jumped over ...
+    t = .97 * F.interpolate(t[None], scale_factor=2)[0, 0]
+    for _ in range(8):  # ... and the last steps at full
+        t = t + .7 * nearest(origin + t * dirs, s)
+    t = t.clamp(.02, 12)
+    p = origin + t * dirs
+    wall, absent = lumen(p, s)[0], torch.zeros_like(shown)
+    on_polyp = shown & (polyp(p, s.polyp) < wall) if s.polyp else absent
+    return dirs, t, p, on_polyp, shaft(p, s) < wall.clamp(min=.01) if s.shaft else absent
 
 
 def normals(p):
-    """Unit normals (3, H, W) of a surface seen as positions p (3, H, W), by central differences."""
-    q = F.pad(p[None], (1, 1, 1, 1), mode="replicate")[0]
-    n = torch.linalg.cross(q[:, 2:, 1:-1] - q[:, :-2, 1:-1], q[:, 1:-1, 2:] - q[:, 1:-1, :-2], dim=0)
-    return n / n.norm(dim=0).clamp(min=1e-9)
+    """Unit normals (3, H, W) of a surface seen as positions p (3, H, W). Of the two neighbours on an axis the closer
+    counts, so that a silhouette belongs to one surface only."""
+    def slope(dim):
+        d = p.diff(dim=dim)
+        ahead = torch.cat([d, d.narrow(dim, -1, 1)], dim)
+        behind = torch.cat([d.narrow(dim, 0, 1), d], dim)
+        return torch.where((ahead * ahead).sum(0) < (behind * behind).sum(0), ahead, behind)
+    (ax, ay, az), (bx, by, bz) = slope(2), slope(1)
+    n = torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
+    return n / length(n).clamp(min=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour and light
+
+def step(x, at, width):
+    """0 below at, 1 above, a ramp of that width between."""
+    return ((x - at) / width + .5).clamp(0, 1)
+
+
+def mix(a, colour, share):
+    return a + (torch.tensor(colour).view(3, 1, 1) - a) * share
+
+
+def mucosa(s, look, maps, t, p, on_polyp):
+    """Albedo (3, H, W), bumps (H, W; towards the camera, in radii) and a random field (H, W) that breaks up the shine."""
+    _, rho, theta = lumen(p, s)
+    depth = p[2] + 1 - rho  # along the profile: down the wall, then to the centre of the end
+    u, v = theta / math.pi, depth * .35
+    if s.end:  # straight on at the closed end
+        flat = (s.end - p[2] < .45) & (rho < .8)
+        u, v = torch.where(flat, p[0] * .35, u), torch.where(flat, p[1] * .35, v)
+    uv = torch.stack([u - u.floor(), v - v.floor()], -1) * 2 - 1
+    tree, low, mid, small, fine = F.grid_sample(maps[None], uv[None], align_corners=False)[0]
+    on_polyp, near = on_polyp.float(), (1.6 - .35 * t).clamp(0, 1)  # detail is lost with distance
+
+    ulcer = step(low + .45 * mid + .2 * small, 2.2 - 1.1 * s.ulcers, .25) * bool(s.ulcers)
+    erosion = step(small + .4 * low, 2.6 - .6 * s.erosions, .4) * bool(s.erosions)
+    petechia = step(fine + .5 * low, 2.7 - .9 * s.petechiae, .6) * bool(s.petechiae)
+    blood = step(mid - .8 * low + .2 * small, 3. - 1.1 * s.blood, .3) * bool(s.blood)
+    mucus = .8 * step(mid + .6 * low + .2 * small, 2.4 - .7 * look.mucus, .6)
+    pale = torch.zeros_like(t)
+    if s.line:
+        side, at, tongue, phase, contrast = s.line
+        zigzag = tongue * (.5 * (3 * theta + phase).cos() + .4 * (7 * theta + 2 * phase).cos() + .5 * mid)
+        pale = contrast * step(side * (depth - at - zigzag), 0, .05)
+
+    bumps = .010 * s.granular * small + .012 * s.villi * (small + fine) + .002 * fine + .004 * mid + .006 * s.vessels * tree
+    bumps = bumps - .02 * ulcer + .012 * mucus + on_polyp * (s.polyp.pits * (.006 * small + .005 * fine) if s.polyp else 0.)
+    blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + .8 * petechia + .5 * erosion + 1.5 * blood + on_polyp * (s.polyp.red if s.polyp else 0.)
+    vessel = tree * s.vessels * near * (1 - pale) * (1 - .6 * on_polyp)
+    absorbed = .9 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
+    albedo = (torch.tensor(look.log_base).view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
+              - torch.tensor([.12, 1., .85]).view(3, 1, 1) * absorbed).exp()
+    albedo = mix(albedo, (.9, .82, .6), torch.maximum(ulcer, .6 * (erosion - petechia).clamp(min=0)))
+    return mix(albedo, (.85, .8 - .15 * look.bile, .7 - .5 * look.bile), .7 * mucus), bumps * near, small + fine
+
+
+def render(s, look, maps, origin, turn, rng, size=256, scope=1):
+    """One frame, uint8 (size, size, 3), and the mask of the polyp's visible part, bool (size, size)."""
+    o, (_, shown, vignette) = SCOPES[scope], rays(size, scope)
+    dirs, t, p, on_polyp, on_shaft = look_around(s, origin, turn, size, scope)
+    albedo, bumps, sparkle = mucosa(s, look, maps, t, p, on_polyp)
+    on_shaft = on_shaft.float()
+    albedo = mix(albedo, (.04, .04, .05), on_shaft)
+    facing = -(normals(p - bumps * (1 - on_shaft) * dirs) * dirs).sum(0).clamp(max=0)
+
+    energy = (.9 * facing + .1) / (t * t + .05)
+    energy = energy * 1.6 * look.exposure / (energy.clamp(max=4) * shown).mean()
+    shine = facing ** 40 * look.gloss * step(sparkle, .8, .8) * (1 - .7 * on_shaft)
+    image = 1 - (-(albedo + 2 * shine) * energy).exp()
+    image = image * vignette * torch.tensor([a * b for a, b in zip(look.gain, o["gain"])]).view(3, 1, 1)
+    image = image.clamp(0, 1) ** look.gamma
+    for _ in range(o["blur"]):
+        image = F.avg_pool2d(F.pad(image[None], (1, 0, 1, 0), mode="replicate"), 2, 1)[0]
+    grain = torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))
+    image = (image + o["noise"] * grain * (.4 + image)).clamp(0, 1) * shown
+    return (image * 255).round().byte().permute(1, 2, 0).contiguous().numpy(), on_polyp.numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +359,7 @@ def write_job(job):
     look = appearance(generator(*key))
     rng = generator(*key, job["kind"], job["place"])
     maps = skin(rng, job["size"] * 3 // 2)
-    s, views = scene(job, rng)
+    s, views = scene_views(job, rng)
     for i, (path, (origin, turn)) in enumerate(zip(job["images"], views)):
         image, mask = render(s, look, maps, origin, turn, rng, job["size"], job["scope"])
         save(image, path)
@@ -361,14 +373,14 @@ def save(array, path):
     Image.fromarray(array).save(path, quality=92)
 
 
-def scene(job, rng):
+def scene_views(job, rng):
     """Anatomy and one (position, rotation) per frame: along a path for a video, else independent; polyps fill 2 to 30 %."""
     while True:
         s, views, path = anatomy(job["kind"], rng), [], int(rng.integers(2 ** 31))
         for i in range(len(job["images"])):
             for attempt in range(8):
                 view = tuple(camera(s, generator(path), i)) if job["video"] else tuple(camera(s, rng))
-                if not job["masks"] or .02 < seen_polyp(s, *view, 64, job["scope"])[3].float().mean() < .30:
+                if not job["masks"] or .02 < look_around(s, *view, 64, job["scope"])[3].float().mean() < .30:
                     views.append(view)
                     break
         if len(views) == len(job["images"]):

@@ -1,0 +1,76 @@
+"""Compile the attention kernels for a GPU that is not there, and read what the compiler made of them.
+
+    python tests/attention_aot.py 90 bfloat16 257 50      one line of JSON per kernel: registers, spills, shared memory, ...
+
+Used by tests/test_attention.py and by `python bench.py attention --compile-only`.
+"""
+import collections
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+POINTERS = {"lse": "*fp32", "spans": "*i32"}  # the others point at tensors of the input's type
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHARED_PER_SM = {80: 164 * 1024, 90: 227 * 1024}  # bytes; each program takes 1 KiB more than it asks for
+
+
+def compiled(kernel, options, dtype, arch, ragged=False):
+    """Compile one kernel of attention_triton.plan as its launcher would specialise it for a contiguous qkv."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = dict(options, RAGGED=ragged)
+    constants = {name: options.pop(name) for name in ("RAGGED", "FULL", "TAIL")}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or (name == "spans" and not ragged):
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif name in ("first", "n", "T", "H"):
+            signature[name] = "i32"
+        else:
+            signature[name] = "i32" if name.startswith("stride") else POINTERS.get(name, "*" + DTYPES[dtype])
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options, enable_fp_fusion=True))
+
+
+def read(binary, arch):
+    """What cuobjdump and nvdisasm, which come with triton, say about a compiled kernel."""
+    import triton
+
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    registers = int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1])
+    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass))
+    shared, warps = binary.metadata.shared, binary.metadata.num_warps
+    programs = min(65536 // (-(-registers // 8) * 8 * 32 * warps), SHARED_PER_SM[arch] // (shared + 1024), 64 // warps)
+    return dict(registers=registers, spills=ops["LDL"] + ops["STL"], shared=shared, warps=warps, programs_per_sm=programs,
+                wgmma=ops["HGMMA"], mma=ops["HMMA"], atomics=ops["ATOM"] + ops["ATOMG"] + ops["RED"], instructions=sum(ops.values()))
+
+
+def report(length, dtype, arch, ragged=False):
+    """[(kernel name, figures)] of the kernels that the dispatcher picks for that length."""
+    import torch
+
+    from custom_kernels.attention_triton import plan
+
+    chosen = plan(length, ragged, getattr(torch, dtype), divmod(arch, 10))
+    return [(kernel.__name__, read(compiled(kernel, options, dtype, arch, ragged), arch)) for kernel, options in chosen]
+
+
+if __name__ == "__main__":
+    arch, dtype, *lengths = sys.argv[1:]
+    for length in lengths:
+        for name, figures in report(int(length), dtype, int(arch)):
+            print(json.dumps(dict(kernel=name, length=int(length), **figures)), flush=True)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -270,10 +270,16 @@ def save_checkpoint(path, model, optimizer, progress, args, rank=0):
              "centers": {"dino": model.dino_center.cpu(), "ibot": model.ibot_center.cpu()},
              "optimizer": {name: whole(optimizer.state[p]) for name, p in model.student.named_parameters() if p in optimizer.state}}
     if rank == 0:
-        try:
+        with writing(path):
             vit.atomic_save(state, path)
-        except OSError as error:
-            raise SystemExit(f"cannot write {path}: {error.strerror or error}; the previous checkpoint is untouched") from error
+
+
+@contextlib.contextmanager
+def writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"cannot write {path}: {error.strerror or error}; what lay there before is untouched") from error
 
 
 @torch.no_grad()
@@ -358,12 +364,12 @@ def check_room(args, model):
 # --- watching ---------------------------------------------------------------------------------------------------------
 
 
-def save_teacher(path, model, args, step, rank, metrics=None, released=False):
-    """Write the teacher's backbone in our format and, if `released`, as a bare state dict like DINOv2's files."""
+def save_teacher(path, model, args, step, rank):
+    """Write the teacher's backbone in our format and, as a bare state dict like DINOv2's files."""
     backbone = plain_teacher(model, args)
     if rank == 0:
-        vit.save_backbone(path, backbone, args.arch, step, plain(args), metrics)
-        if released:
+        with writing(path):
+            vit.save_backbone(path, backbone, args.arch, step, plain(args))
             vit.atomic_save(backbone.state_dict(), path.with_name(path.stem + "_dinov2.pth"))
 
 
@@ -609,13 +615,12 @@ def distribute(model, args, device, world):
             block.compile()
     if args.shard:
         for part in (model.student, model.teacher):
-            for module in [*part["backbone"].blocks, *part.values()]:
+            for module in [*part["backbone"].blocks, *list(part.values())[1:]]:
                 fully_shard(module)
-        register_fsdp_forward_method(model.student["backbone"], "forward_packed")
-        return fully_shard(model)
+        return fully_shard(model)  # the rest: embeddings and final norms, so that forward_packed needs no hook of its own
     if world > 1:
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+                                                   gradient_as_bucket_view=True)
     return model
 
 
@@ -658,7 +663,7 @@ def main(argv=None):
 
 def run(args, device, rank, world, stop):
     """Train from the first step, or from the checkpoint's, to the last one or until a signal has filled `stop`."""
-    say = print if rank == 0 else lambda *words: None
+    say = print if rank == 0 else lambda *words, **how: None
     out = pathlib.Path(args.out)
     frames = open_frames(args, say)
     model = build_model(args, say)
@@ -694,7 +699,7 @@ def run(args, device, rank, world, stop):
             metrics, progress["best"] = probe(model, args, labelled, done, progress["best"], device, rank)
             log.write({"step": step, **{f"probe_{k}": v for k, v in metrics.items()}})
         if done == args.steps or args.export_every and done % args.export_every == 0:
-            save_teacher(out / f"teacher_{done}.pt", model, args, done, rank, released=True)
+            save_teacher(out / f"teacher_{done}.pt", model, args, done, rank)
         if ending or done % args.save_every == 0:
             save_checkpoint(out / "last.pt", model, optimizer, progress, args, rank)
         if ending:

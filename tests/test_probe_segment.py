@@ -1,0 +1,325 @@
+"""probe_segment.py: metrics against loops, heads against counts made by hand, training on a planted answer, the whole command."""
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import probe_segment as seg
+import vit
+
+
+def random_masks(n, size=(13, 17), seed=0):
+    return torch.rand(n, *size, generator=torch.Generator().manual_seed(seed)) > 0.6
+
+
+def tiny_vit(depth=4, registers=0, seed=0):
+    torch.manual_seed(seed)
+    return vit.VisionTransformer(dim=16, depth=depth, heads=2, image_size=56, registers=registers, layerscale=1.0).eval().requires_grad_(False)
+
+
+def disc_tree(root, n=14, seed=0, colour=0):
+    """A Kvasir-SEG tree of red discs on grey, four test frames; the frames differ in size."""
+    rng, root = np.random.default_rng(seed), pathlib.Path(root)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for i in range(n):
+        h, w = 40 + i % 3 * 4, 50 + i % 2 * 6
+        y, x = np.mgrid[:h, :w]
+        disc = (y - rng.uniform(12, h - 12)) ** 2 + (x - rng.uniform(12, w - 12)) ** 2 < rng.uniform(7, 11) ** 2
+        frame = rng.normal(90 + colour, 10, (h, w, 3)) + disc[..., None] * (90, 0, 0)
+        Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(root / "images" / f"f{i}.png")
+        Image.fromarray(disc.astype(np.uint8) * 255).save(root / "masks" / f"f{i}.png")
+    (root / "train.txt").write_text("\n".join(f"f{i}" for i in range(n - 4)))
+    (root / "val.txt").write_text("\n".join(f"f{i}" for i in range(n - 4, n)))
+    return root
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_dice_and_iou_equal_counts_of_pixel_sets():
+    for pred, true in zip(random_masks(5), random_masks(5, seed=1)):
+        a, b = ({tuple(p) for p in m.nonzero().tolist()} for m in (pred, true))
+        assert seg.dice_iou(pred, true) == pytest.approx((2 * len(a & b) / (len(a) + len(b)), len(a & b) / len(a | b)), abs=1e-12)
+    assert seg.dice_iou(np.array([[True, True, False]]), np.array([[False, True, False]])) == pytest.approx((2 / 3, 1 / 2))
+
+
+def test_empty_masks_have_defined_dice():
+    empty, full = torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    assert seg.dice_iou(empty, empty) == (1.0, 1.0)
+    assert seg.dice_iou(full, empty) == seg.dice_iou(empty, full) == (0.0, 0.0)
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(4, 3\)"):
+        seg.dice_iou(empty, full.T)
+
+
+@pytest.mark.parametrize("kind", ["noise", "graded", "constant", "empty"])
+def test_256_thresholds_equal_the_loop(kind):
+    true = random_masks(1)[0] & (kind != "empty")
+    noise = torch.rand(13, 17, generator=torch.Generator().manual_seed(2))
+    probability = {"noise": noise, "graded": 0.2 + 0.3 * true + 0.1 * noise, "constant": torch.full((13, 17), 0.7), "empty": noise}[kind]
+    p, g = probability.double().numpy(), true.numpy()
+    saved = np.rint((p - p.min()) / max(p.max() - p.min(), 1e-8) * 255)
+    dice, iou = [], []
+    for threshold in range(256):
+        pred = saved >= threshold
+        overlap = np.logical_and(pred, g).sum()
+        dice.append(2 * overlap / (pred.sum() + g.sum()) if overlap else 0)
+        iou.append(overlap / np.logical_or(pred, g).sum() if overlap else 0)
+    assert seg.pranet_dice_iou(probability, true) == pytest.approx((np.mean(dice), np.mean(iou)), abs=1e-5)
+
+
+def test_256_thresholds_are_not_dice_at_one_half():
+    true = random_masks(1)[0]
+    faint = 0.01 + 0.3 * true  # nothing exceeds 0.5, and stretching makes it perfect except at threshold 0
+    assert seg.score(faint, true)[0][0] == 0
+    assert seg.pranet_dice_iou(faint, true)[0] == pytest.approx((255 + 2 * true.sum().item() / (true.sum().item() + 221)) / 256)
+
+
+def test_summary_separates_means_over_frames_from_all_pixels():
+    true = torch.zeros(2, 4, 4, dtype=torch.bool)
+    true[0, :2], true[1, 0, 0] = True, True
+    pred = torch.zeros(2, 4, 4)
+    pred[0, :2], pred[1, 0, 1] = 1, 1
+    row = seg.summary([seg.score(p, t)[0] for p, t in zip(pred, true)], ["a", "b"])
+    assert row["Dice"] == row["IoU"] == 0.5 and row["dataset IoU"] == pytest.approx(8 / 10)
+    assert (row["Dice low"], row["Dice high"]) == (0, 1)  # two groups: one draw in four holds either of them alone
+    alone = seg.summary([seg.score(pred[0], true[0])[0]] * 2, ["a", "a"])
+    assert np.isnan(alone["Dice low"]) and alone["Dice"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_resize_is_bilinear_interpolation(align):
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ours, theirs = (f(x) for f in (lambda x: seg.resize(x, (11, 9), align),
+                                   lambda x: F.interpolate(x, (11, 9), mode="bilinear", align_corners=align)))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)), rtol=1e-4, atol=1e-5)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameter_counts_by_hand():
+    assert count(seg.LinearHead(192, 1)) == 3 * 192 + 1            # scale, shift, weight; bias
+    assert count(seg.LinearHead(1536, 4)) == 3 * 6144 + 1
+    head = seg.DPTHead(384)                                        # ViT-S: widths 48, 96, 192, 384 (sum 720), 256 channels
+    assert count(head.levels) == (4 * (768 * 384 + 384)            # class token read out by projection
+                                  + 384 * 720 + 720                # 1x1 to the widths
+                                  + (16 * 48 * 48 + 48) + (4 * 96 * 96 + 96) + (9 * 384 * 384 + 384)  # x4, x2, (x1), x1/2
+                                  + 9 * 720 * 256)                 # 3x3 to 256, no bias
+    assert count(head.fusions) == 7 * 2 * 9 * 256 * 256 + 4 * (256 * 256 + 256)   # the deepest fusion has one unit less
+    assert count(head) - count(head.levels) - count(head.fusions) == (
+        (9 * 256 * 256 + 256) + (9 * 256 * 128 + 128) + (9 * 128 * 32 + 32) + 33)
+
+
+@pytest.mark.parametrize("grid, fine", [((4, 4), (64, 64)), ((5, 6), (96, 96))])  # 5 and 6 are halved to 3; 3 * 32 = 96
+def test_head_shapes(grid, fine):
+    tokens = torch.randn(2, 4, 1 + grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(0))
+    assert seg.LinearHead(16, 4)(tokens, grid).shape == (2, *grid)
+    assert seg.DPTHead(16, channels=8)(tokens, grid).shape == (2, *fine)
+
+
+def test_dpt_fuses_deepest_first_and_by_its_definition():
+    torch.manual_seed(0)
+    head, tokens, grid, calls = seg.DPTHead(16, channels=8), torch.randn(1, 4, 17, 16), (4, 4), []
+    for i, fusion in enumerate(head.fusions):
+        fusion.register_forward_hook(lambda module, inputs, output, i=i: calls.append((i, inputs, output)))
+    out = head(tokens, grid)
+    assert [i for i, _, _ in calls] == [3, 2, 1, 0]
+    assert [tuple(inputs[0].shape[-2:]) for _, inputs, _ in calls] == [(2, 2), (4, 4), (8, 8), (16, 16)]
+    assert all(after[1][1] is before[2] for before, after in zip(calls, calls[1:]))
+    up = torch.nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    x = None
+    for level, fusion in zip(reversed(head.levels), reversed(head.fusions)):  # the definition once more, with PyTorch's own resize
+        i = 3 if x is None else i - 1
+        cls = tokens[:, i, :1].expand(-1, 16, -1)
+        y = F.gelu(level.readout(torch.cat([tokens[:, i, 1:], cls], -1))).transpose(1, 2).reshape(1, 16, 4, 4)
+        y = level.reduce(level.rescale(level.project(y)))
+        unit = lambda u, z: z + u.conv2(u.conv1(z.relu()).relu())  # noqa: E731
+        x = y if x is None else x + unit(fusion.unit1, y)
+        x = fusion.project(up(unit(fusion.unit2, x)))
+    x = head.classify(head.conv2(up(head.conv1(head.project(x).relu()))).relu())
+    torch.testing.assert_close(out, x[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_class_token_matters_to_dpt_alone():
+    tokens = torch.randn(2, 4, 17, 16, generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[:, :, 0] += 1
+    for head, same in ((seg.LinearHead(16, 4), True), (seg.DPTHead(16, 8), False)):
+        assert torch.equal(head.eval()(tokens, (4, 4)), head(other, (4, 4))) == same
+
+
+def test_blocks_are_dinov2s():
+    assert [seg.blocks_of("dpt", d) for d in (12, 24, 40)] == [((2, 5, 8, 11), False), ((4, 11, 17, 23), False), ((9, 19, 29, 39), False)]
+    assert seg.blocks_of("linear", 12) == ((11,), True)
+    assert seg.blocks_of("boosted", 40) == ((36, 37, 38, 39), True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens, training, prediction
+
+
+def test_loss_by_hand_and_on_empty_masks():
+    ones, empty = torch.ones(1, 4, 5), torch.zeros(1, 4, 5)
+    assert seg.segmentation_loss(torch.zeros(1, 4, 5), ones).item() == pytest.approx(np.log(2) + 1 - (2 * 10 + 1) / (10 + 20 + 1))
+    z = torch.full((1, 4, 5), -30.0, requires_grad=True)
+    loss = seg.segmentation_loss(z, empty)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and z.grad.isfinite().all()
+
+
+def test_frozen_tokens_are_the_backbones_and_are_kept(tmp_path, monkeypatch):
+    paths = [str(p) for p in sorted((disc_tree(tmp_path / "k") / "images").iterdir())][:10]  # more than a batch of 8
+    model, folder = tiny_vit(registers=2), tmp_path / "features"
+    kept = seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder)
+    assert kept.shape == (10, 2, 4, 5, 16) and kept.dtype == np.float16 and isinstance(kept, np.memmap)
+    x = seg.read_squares(paths[9:], 28)
+    for view, images in enumerate((x, x.flip(-1))):
+        blocks = model.intermediate(images, range(4), norm=False)
+        expected = torch.stack([torch.cat([b["cls"][:, None], b["patches"]], 1) for b in blocks], 1)
+        torch.testing.assert_close(torch.from_numpy(np.array(kept[9:, view])).float(), expected, rtol=2e-3, atol=2e-3)
+    with monkeypatch.context() as m:
+        m.setattr(model, "intermediate", lambda *a, **k: pytest.fail("computed again"))
+        assert np.array_equal(seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder), kept)
+    for other in (dict(model=tiny_vit(registers=2, seed=1)), dict(paths=paths[1:]), dict(kind="boosted"), dict(size=42), dict(mirror=False)):
+        seg.frozen_tokens(**(dict(model=model, paths=paths, kind="dpt", size=28, mirror=True, folder=folder) | other))
+    assert len(list(folder.iterdir())) == 6  # weights, frames, blocks, size and mirror are all in the key
+    monkeypatch.setattr(seg.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 100}))
+    with pytest.raises(ValueError, match="need 0.0 GB.*--features"):
+        seg.frozen_tokens(model, paths, "linear", 56, mirror=True, folder=folder)
+
+
+def planted(n, seed, noise=1.0, dim=12):
+    """Tokens of which one direction tells polyp from mucosa, on an 8x8 grid, with mirror images; masks of 32x32."""
+    g = torch.Generator().manual_seed(seed)
+    cells = F.max_pool2d((torch.rand(n, 1, 8, 8, generator=g) > 0.93).float(), 3, stride=1, padding=1)[:, 0]    # (n, 8, 8)
+    tokens = noise * torch.randn(n, 2, 1, 65, dim, generator=g)
+    for view, c in enumerate((cells, cells.flip(-1))):
+        tokens[:, view, 0, 1:, 3] += 6 * c.flatten(1)
+    return tokens.half().numpy(), F.interpolate(cells[:, None], scale_factor=4)[:, 0] > 0.5
+
+
+def fitted(tokens, masks, seed=0):
+    torch.manual_seed(seed)
+    head = seg.LinearHead(12, 1)
+    seg.fit_head(head, tokens, masks, lr=0.03, steps=150, batch=8, seed=seed)
+    return head
+
+
+def test_linear_head_finds_a_planted_direction_and_nothing_else():
+    train, test = planted(40, 0), planted(10, 1)
+    assert seg.validate(fitted(*train), test[0][:, :1], list(test[1])) > 0.9
+    blind = planted(10, 2)[0]
+    assert seg.validate(fitted(*train), blind[:, :1], list(test[1])) < 0.6  # tokens of other frames
+
+
+def test_training_repeats_exactly():
+    tokens, masks = planted(20, 0)
+    first, second, other = (fitted(tokens, masks, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["classify.weight"], other["classify.weight"])
+
+
+def test_training_mirrors_the_mask_with_the_view():
+    tokens, masks = planted(40, 0, noise=0.1)
+    tokens[:, 0] = 0  # only mirrored views carry the answer
+    head = fitted(tokens, masks)
+    assert seg.validate(head, tokens[:, 1:], list(masks.flip(-1))) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["boosted", "dpt"])
+def test_mirrored_frame_gives_mirrored_prediction(kind):
+    model = tiny_vit()
+    torch.manual_seed(0)
+    head = seg.new_head(kind, model, 8).eval()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    with_mirror, plain = ([seg.predict(model, head, kind, i, (40, 50), (28, 42), mirror) for i in (image, flipped)] for mirror in (True, False))
+    torch.testing.assert_close(with_mirror[0], with_mirror[1].flip(-1), rtol=0, atol=1e-4)
+    assert (plain[0] - plain[1].flip(-1)).abs().max() > 1e-3  # without the mirror image it does not
+    one = [seg.predict(model, head, kind, image, (40, 50), (s,)) for s in (28, 42)]
+    torch.testing.assert_close(plain[0], (one[0] + one[1]) / 2)  # several sizes: the mean of their probabilities
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+SMALL = ["--size", "28", "--boosted-size", "42", "--scales", "1", "1.33", "--steps", "12", "--dpt-channels", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Two trees, a checkpoint (fewer blocks than a real one, for speed) and the rows of one run over everything."""
+    root = tmp_path_factory.mktemp("segment")
+    trees = disc_tree(root / "one"), disc_tree(root / "two", seed=1, colour=20)
+    torch.manual_seed(5)
+    vit.save_backbone(root / "b.pt", vit.build_vit("vitt14", image_size=56), "vitt14", step=7)
+    return root, trees
+
+
+def run(root, trees, out):
+    return seg.main([str(root / "b.pt"), "--data", str(trees[0]), "--generalise", str(trees[1]), "--heads", "linear", "boosted", "dpt",
+                     "--features", str(root / "features"), "--out", str(root / out), *SMALL])
+
+
+def test_command_prints_rows_twice_the_same(workplace, capsys):
+    root, trees = workplace
+    rows = run(root, trees, "r.json")
+    printed = capsys.readouterr().out
+    results = [r for r in rows if r["table"] == "results"]
+    assert [(r["backbone"], r["head"], r["tested on"]) for r in results] == [
+        (b, h, t) for b, heads in (("mean training mask", ["none"]), (str(root / "b.pt"), seg.HEADS.values()),
+                                   ("random initialisation (vitt14)", seg.HEADS.values())) for h in heads for t in ("same data", "unrelated data")]
+    assert [r["frames tested"] for r in results[:2]] == [4, 14] and results[2]["step"] == 7
+    assert json.loads((root / "r.json").read_text())[3]["Dice"] == rows[3]["Dice"]
+    assert "| Dice | IoU | dataset IoU | PraNet mDice (256 thresholds) |" in printed and "PraNet: mean over 256" in printed
+    gains = [r for r in rows if r["table"] == "difference"]
+    assert len(gains) == 6
+    for gain in gains:
+        ours, theirs = (next(r["Dice"] for r in results if (r["backbone"], r["head"], r["tested on"]) == (b, gain["head"], gain["tested on"]))
+                        for b in (gain["backbone"], gain["minus"]))
+        assert gain["Dice"] == pytest.approx(ours - theirs) and gain["Dice low"] <= gain["Dice"] <= gain["Dice high"]
+    for row in results[2:]:
+        with Image.open(root / row["panels"]) as sheet:  # per frame 240 pixels and a caption: two worst, median, best, none twice
+            assert sheet.height == 256 * min(6, row["frames tested"]) and sheet.width >= 3 * 240
+    assert run(root, trees, "again.json") == [r if r.get("panels") is None else r | {"panels": r["panels"].replace("r.", "again.", 1)} for r in rows]
+
+
+def test_pranet_tree_has_a_row_per_test_set(tmp_path, workplace):
+    for part, seed in (("TrainDataset", 0), ("TestDataset/ETIS", 1), ("TestDataset/Kvasir", 2)):
+        disc_tree(tmp_path / part, n=12, seed=seed)
+    rows = seg.main(["--data", str(tmp_path), "--heads", "linear", "--features", str(tmp_path / "f"), "--out", str(tmp_path / "r.json"), *SMALL])
+    assert [(r["head"], r["tested on"], r["frames tested"]) for r in rows] == [
+        (head, test, 12) for head in ("none", "linear") for test in ("ETIS", "Kvasir")]
+
+
+def test_trivial_row_knows_where_polyps_were_and_nothing_else():
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    masks[:, 2:5, 3:6] = True
+    masks[0, 0, 0] = True  # one frame in four: below the cut
+    region = seg.resize(seg.prior(masks, [masks[1]]), (8, 8)) > 0.5
+    assert torch.equal(region, masks[1])
+
+
+def test_one_sentence_for_wrong_inputs(tmp_path, workplace):
+    root, trees = workplace
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="Kvasir-SEG.*TrainDataset.*found nothing"):
+        seg.main(["--data", str(tmp_path / "empty")])
+    (tmp_path / "notes.pt").write_text("not a checkpoint")
+    with pytest.raises(SystemExit, match="notes.pt"):
+        seg.main([str(tmp_path / "notes.pt"), "--data", str(trees[0]), *SMALL])
+    with pytest.raises(SystemExit, match="--boosted-size 100.*14"):
+        seg.main(["--boosted-size", "100"])

@@ -52,9 +52,9 @@ def generator(*key):
 def appearance(rng):
     """Colour and optics that all frames of a patient share, whatever they show."""
     u = rng.uniform
-    redness, yellow = u(.35, 1.1), u(-.12, .3)
+    redness, yellow = u(.5, 1.5), u(-.2, .55)
     return SimpleNamespace(log_base=(-.12, -.12 - redness * .75, -.12 - redness * .8 - yellow), exposure=u(.55, 1.25),
-                           gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.0), bile=u(0, 1), gamma=u(.75, 1.15))
+                           gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.6), bile=u(0, 1))
 
 
 def noise(rng, n, wavelength, octave=1.0):
@@ -69,14 +69,14 @@ def vessels(rng, n, roots=9):
     """A vascular tree (n, n) in 0..1, periodic: branches that wander, thin out and fork, drawn at twice the size."""
     canvas = Image.new("L", (2 * n, 2 * n))
     draw = ImageDraw.Draw(canvas)
-    todo = [(*rng.uniform(0, 2 * n, 2), rng.uniform(0, 2 * math.pi), rng.uniform(4, 7)) for _ in range(roots)]
+    todo = [(*rng.uniform(0, 2 * n, 2), rng.uniform(0, 2 * math.pi), rng.uniform(5, 8)) for _ in range(roots)]
     while todo:
         x, y, angle, width = todo.pop()
         turns = rng.normal(0, .22, 40)
         for turn in turns[:int(8 + 4 * width)]:
             angle, x0, y0 = angle + turn, x, y
             x, y = x + 9 * math.cos(angle), y + 9 * math.sin(angle)
-            line, tone = max(1, round(width)), int(95 + 22 * width)
+            line, tone = max(1, round(width)), min(255, int(110 + 20 * width))
             draw.line((x0, y0, x, y), fill=tone, width=line)
             wrap_x, wrap_y = x // (2 * n) * 2 * n, y // (2 * n) * 2 * n
             if wrap_x or wrap_y:  # goes on at the opposite side
@@ -127,7 +127,7 @@ def anatomy(kind, rng):
     elif kind.startswith("mayo"):  # vessels fade, then redness, granules, erosions; last ulcers and blood
         grade = int(kind[-1])
         pick = lambda *ranges: u(*ranges[grade])  # noqa: E731
-        vars(s).update(fold=u(.05, .25), aside=1., red=.22 * (grade + u(-.8, .8)),
+        vars(s).update(fold=u(.05, .25), aside=1., red=.15 * (grade + u(-1.2, 1.2)),
                        vessels=pick((.8, 1.), (.2, .4), (0, .05), (0, .02)), granular=pick((0, .15), (.2, .4), (.5, .9), (.5, 1.)),
                        petechiae=pick((0, 0), (0, 0), (.5, 1.), (.3, 1.)), erosions=pick((0, 0), (0, 0), (.3, .8), (.3, .8)),
                        ulcers=pick((0, 0), (0, 0), (0, 0), (.5, 1.)), blood=pick((0, 0), (0, 0), (0, 0), (.2, 1.)))
@@ -137,7 +137,7 @@ def anatomy(kind, rng):
 def polyp_at(s, rng, z):
     """A polyp on the wall of scene s at depth z, sessile or on a stalk: an ellipsoid with axes inward, around, along."""
     u = rng.uniform
-    size, angle, stalked = u(.14, .4), u(0, 2 * math.pi), u() < .35
+    size, angle, stalked = u(.18, .5), u(0, 2 * math.pi), u() < .35
     axes = torch.tensor([size * (u(.8, 1.1) if stalked else u(.5, 1.)), size * u(.8, 1.2), size * u(.8, 1.3)])
     lift = float(axes[0]) * (u(1.1, 1.6) if stalked else u(.1, .5))
     inward = torch.tensor([-math.cos(angle), -math.sin(angle), 0.])
@@ -277,7 +277,7 @@ def normals(p):
         ahead = torch.cat([d, d.narrow(dim, -1, 1)], dim)
         behind = torch.cat([d.narrow(dim, 0, 1), d], dim)
         return torch.where((ahead * ahead).sum(0) < (behind * behind).sum(0), ahead, behind)
-    (ax, ay, az), (bx, by, bz) = slope(2), slope(1)
+    (ax, ay, az), (bx, by, bz) = slope(1), slope(2)
     n = torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
     return n / length(n).clamp(min=1e-9)
 
@@ -321,11 +321,11 @@ def mucosa(s, look, maps, t, p, on_polyp):
     bumps = bumps - .02 * ulcer + .012 * mucus + on_polyp * (s.polyp.pits * (.006 * small + .005 * fine) if s.polyp else 0.)
     blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + .8 * petechia + .5 * erosion + 1.5 * blood + on_polyp * (s.polyp.red if s.polyp else 0.)
     vessel = tree * s.vessels * near * (1 - pale) * (1 - .6 * on_polyp)
-    absorbed = .9 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
+    absorbed = 1.5 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
     albedo = (torch.tensor(look.log_base).view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
               - torch.tensor([.12, 1., .85]).view(3, 1, 1) * absorbed).exp()
     albedo = mix(albedo, (.9, .82, .6), torch.maximum(ulcer, .6 * (erosion - petechia).clamp(min=0)))
-    return mix(albedo, (.85, .8 - .15 * look.bile, .7 - .5 * look.bile), .7 * mucus), bumps * near, small + fine
+    return mix(albedo, (.85, .8 - .15 * look.bile, .7 - .5 * look.bile), .7 * mucus), bumps * near, mid + small
 
 
 def render(s, look, maps, origin, turn, rng, size=256, scope=1):
@@ -334,15 +334,16 @@ def render(s, look, maps, origin, turn, rng, size=256, scope=1):
     dirs, t, p, on_polyp, on_shaft = look_around(s, origin, turn, size, scope)
     albedo, bumps, sparkle = mucosa(s, look, maps, t, p, on_polyp)
     on_shaft = on_shaft.float()
-    albedo = mix(albedo, (.04, .04, .05), on_shaft)
-    facing = -(normals(p - bumps * (1 - on_shaft) * dirs) * dirs).sum(0).clamp(max=0)
+    albedo = mix(albedo, (.055, .04, .035), on_shaft)
+    facing = lobe = -(normals(p - bumps * (1 - on_shaft) * dirs) * dirs).sum(0).clamp(max=0)
 
-    energy = (.9 * facing + .1) / (t * t + .05)
-    energy = energy * 1.6 * look.exposure / (energy.clamp(max=4) * shown).mean()
-    shine = facing ** 40 * look.gloss * step(sparkle, .8, .8) * (1 - .7 * on_shaft)
-    image = 1 - (-(albedo + 2 * shine) * energy).exp()
+    energy = (.75 * facing + .25) / (t * t + .05)
+    energy = energy * 2.2 * look.exposure / (energy.clamp(max=4) * shown).mean()
+    for _ in range(5):
+        lobe = lobe * lobe  # to the 32nd power
+    shine = lobe * look.gloss * step(sparkle, 1.5, .8) * (1 - .7 * on_shaft)
+    image = 1 - (-(albedo + 2.5 * shine) * energy).exp()
     image = image * vignette * torch.tensor([a * b for a, b in zip(look.gain, o["gain"])]).view(3, 1, 1)
-    image = image.clamp(0, 1) ** look.gamma
     for _ in range(o["blur"]):
         image = F.avg_pool2d(F.pad(image[None], (1, 0, 1, 0), mode="replicate"), 2, 1)[0]
     grain = torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))

@@ -54,15 +54,20 @@ def appearance(rng):
     u = rng.uniform
     redness, yellow = u(.5, 1.5), u(-.2, .55)
     return SimpleNamespace(log_base=(-.12, -.12 - redness * .75, -.12 - redness * .8 - yellow), exposure=u(.55, 1.25),
-                           gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.6), bile=u(0, 1))
+                           gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.4), bile=u(0, 1))
 
 
-def noise(rng, n, wavelength, octave=1.0):
-    """Periodic band-limited noise (n, n), zero mean, unit variance; wavelength in pixels."""
+@lru_cache
+def band(n, wavelength):
+    """A band-pass filter for rfft2 of (n, n): one octave wide about a wavelength in pixels, none of the mean."""
     f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None])
-    band = np.exp(-np.log(np.maximum(f, 1e-6) * wavelength) ** 2 / (2 * (octave * .5) ** 2))
-    x = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((n, n), dtype=np.float32)) * band, s=(n, n))
-    return ((x - x.mean()) / x.std()).astype(np.float32)
+    return np.exp(-2 * np.log(np.maximum(f, 1e-9) * wavelength) ** 2).astype(np.float32)
+
+
+def noise(rng, n, wavelength):
+    """Periodic band-limited noise (n, n), zero mean, unit variance; wavelength in pixels."""
+    x = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((n, n), dtype=np.float32)) * band(n, wavelength), s=(n, n))
+    return x / x.std()
 
 
 def vessels(rng, n, roots=9):
@@ -99,7 +104,7 @@ def anatomy(kind, rng):
     s = SimpleNamespace(
         kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,
         fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2), rugae=0, spokes=None, hole=None,
-        shaft=None, polyp=None, line=None, vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
+        shaft=None, polyp=None, line=None, tone=spread(.2), mucus=u(-.7, .7), vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
         blood=0., start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.01, .03))
     if kind in LANDMARKS and kind != "ileum":  # these end within sight
         vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5, speed=u(.003, .01))
@@ -254,14 +259,13 @@ def look_around(s, origin, turn, size, scope):
     dirs, shown, _ = rays(size, scope)
     dirs = (turn @ dirs.view(3, -1)).view(3, size, size)
     origin = origin.view(3, 1, 1)
-    half = F.avg_pool2d(dirs, 2)
-    t = torch.full(half.shape[1:], .02)
-    for _ in range(22):  # at half the resolution ...
-        t = t + .7 * nearest(origin + t * half, s)
-    t = -F.max_pool2d(-t[None], 3, 1, 1)  # ... no further than any neighbour, lest a thin edge be jumped over ...
-    t = .97 * F.interpolate(t[None], scale_factor=2)[0, 0]
-    for _ in range(8):  # ... and the last steps at full
-        t = t + .7 * nearest(origin + t * dirs, s)
+    t = torch.full((size // 4, size // 4), .02)
+    for scale, steps in ((4, 20), (2, 6), (1, 8)):  # most steps at a quarter of the resolution
+        coarse = F.avg_pool2d(dirs, scale)
+        for _ in range(steps):
+            t = t + .7 * nearest(origin + t * coarse, s)
+        if scale > 1:  # start no further than any neighbour stands, lest a thin edge be jumped over
+            t = -.97 * F.interpolate(F.max_pool2d(-t[None], 3, 1, 1)[None], scale_factor=2)[0, 0]
     t = t.clamp(.02, 12)
     p = origin + t * dirs
     wall, absent = lumen(p, s)[0], torch.zeros_like(shown)
@@ -306,11 +310,11 @@ def mucosa(s, look, maps, t, p, on_polyp):
     tree, low, mid, small, fine = F.grid_sample(maps[None], uv[None], align_corners=False)[0]
     on_polyp, near = on_polyp.float(), (1.6 - .35 * t).clamp(0, 1)  # detail is lost with distance
 
-    ulcer = step(low + .45 * mid + .2 * small, 2.2 - 1.1 * s.ulcers, .25) * bool(s.ulcers)
+    ulcer = step(low + .45 * mid + .2 * small, 2.3 - .9 * s.ulcers, .25) * bool(s.ulcers)
     erosion = step(small + .4 * low, 2.6 - .6 * s.erosions, .4) * bool(s.erosions)
-    petechia = step(fine + .5 * low, 2.7 - .9 * s.petechiae, .6) * bool(s.petechiae)
-    blood = step(mid - .8 * low + .2 * small, 3. - 1.1 * s.blood, .3) * bool(s.blood)
-    mucus = .8 * step(mid + .6 * low + .2 * small, 2.4 - .7 * look.mucus, .6)
+    petechia = step(fine + .5 * low, 2.9 - .9 * s.petechiae, .6) * bool(s.petechiae)
+    blood = step(mid - .8 * low + .2 * small, 3.1 - .9 * s.blood, .3) * bool(s.blood)
+    mucus = .8 * step(mid + .6 * low + .2 * small, 2.4 - .7 * (look.mucus + s.mucus), .6)
     pale = torch.zeros_like(t)
     if s.line:
         side, at, tongue, phase, contrast = s.line
@@ -321,11 +325,12 @@ def mucosa(s, look, maps, t, p, on_polyp):
     bumps = bumps - .02 * ulcer + .012 * mucus + on_polyp * (s.polyp.pits * (.006 * small + .005 * fine) if s.polyp else 0.)
     blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + .8 * petechia + .5 * erosion + 1.5 * blood + on_polyp * (s.polyp.red if s.polyp else 0.)
     vessel = tree * s.vessels * near * (1 - pale) * (1 - .6 * on_polyp)
-    absorbed = 1.5 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
-    albedo = (torch.tensor(look.log_base).view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
-              - torch.tensor([.12, 1., .85]).view(3, 1, 1) * absorbed).exp()
+    absorbed = 1.2 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
+    base = torch.tensor(look.log_base) - torch.tensor([0., s.tone[0], s.tone[0] + s.tone[1]])
+    albedo = (base.view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
+              - torch.tensor([.25, 1., .85]).view(3, 1, 1) * absorbed).exp()
     albedo = mix(albedo, (.9, .82, .6), torch.maximum(ulcer, .6 * (erosion - petechia).clamp(min=0)))
-    return mix(albedo, (.85, .8 - .15 * look.bile, .7 - .5 * look.bile), .7 * mucus), bumps * near, mid + small
+    return mix(albedo, (.85, .8 - .15 * look.bile, .7 - .5 * look.bile), .6 * mucus), bumps * near, mid + small
 
 
 def render(s, look, maps, origin, turn, rng, size=256, scope=1):
@@ -341,7 +346,7 @@ def render(s, look, maps, origin, turn, rng, size=256, scope=1):
     energy = energy * 2.2 * look.exposure / (energy.clamp(max=4) * shown).mean()
     for _ in range(5):
         lobe = lobe * lobe  # to the 32nd power
-    shine = lobe * look.gloss * step(sparkle, 1.5, .8) * (1 - .7 * on_shaft)
+    shine = lobe * look.gloss * step(sparkle, 1.7, .8) * (1 - .7 * on_shaft)
     image = 1 - (-(albedo + 2.5 * shine) * energy).exp()
     image = image * vignette * torch.tensor([a * b for a, b in zip(look.gain, o["gain"])]).view(3, 1, 1)
     for _ in range(o["blur"]):

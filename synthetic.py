@@ -2,7 +2,7 @@
 
     python synthetic.py data/synthetic                         the default set (the other scripts make it on first use)
     python synthetic.py OUT --videos 40 --frames-per-video 50 --seed 0
-    python synthetic.py --sheet docs/synthetic.png             a contact sheet of the classes
+    python synthetic.py OUT --sheet docs/synthetic.png         a contact sheet of the classes
 
 A scene is a signed distance to the mucosa of a bent tube along z (folds, blind end, orifice), the scope's own shaft
 and polyps. Rays are sphere-traced from a camera with two things that every endoscope has: a wide barrel-distorted lens
@@ -13,11 +13,9 @@ from another in its structure only.
 The stem of a frame is <patient>_<n>: "patient12_3.jpg" (HyperKvasir, Kvasir-SEG) or "UC_patient_12_3.bmp" (LIMUC).
 """
 import argparse
-import contextlib
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import zlib
@@ -28,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 LANDMARKS = {  # folder name -> (tract, name in the official csv)
@@ -38,7 +36,7 @@ LANDMARKS = {  # folder name -> (tract, name in the official csv)
 MAYO_SHARE = (.54, .27, .11, .08)  # LIMUC
 SCOPES = {  # fov: degrees between the two edge midpoints; corner: |x| + |y| of the cut corners; gain: colour of the lamp and sensor
     1: dict(fov=125, barrel=.12, corner=1.55, round=9.0, vignette=.25, gain=(1.0, 1.0, 1.0), noise=.012, blur=1, light=(.15, .02)),
-    2: dict(fov=150, barrel=-.10, corner=9.0, round=1.04, vignette=.55, gain=(.88, 1.04, 1.22), noise=.025, blur=2, light=(-.05, .18))}
+    2: dict(fov=150, barrel=-.10, corner=9.0, round=1.04, vignette=.55, gain=(.85, 1.05, 1.2), noise=.025, blur=2, light=(-.05, .18))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +50,7 @@ def generator(*key):
 def appearance(rng):
     """Colour and optics that all frames of a patient share, whatever they show."""
     u = rng.uniform
-    redness, yellow = u(.5, 1.5), u(-.2, .55)
+    redness, yellow = u(.65, 1.5), u(-.05, .6)
     return SimpleNamespace(log_base=(-.12, -.12 - redness * .75, -.12 - redness * .8 - yellow), exposure=u(.55, 1.25),
                            gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.4), bile=u(0, 1))
 
@@ -72,23 +70,21 @@ def noise(rng, n, wavelength):
 
 def vessels(rng, n, roots=9):
     """A vascular tree (n, n) in 0..1, periodic: branches that wander, thin out and fork, drawn at twice the size."""
-    canvas = Image.new("L", (2 * n, 2 * n))
+    side = 2 * n
+    canvas = Image.new("L", (side, side))
     draw = ImageDraw.Draw(canvas)
-    todo = [(*rng.uniform(0, 2 * n, 2), rng.uniform(0, 2 * math.pi), rng.uniform(5, 8)) for _ in range(roots)]
+    todo = [(*rng.uniform(0, side, 2), rng.uniform(0, 2 * math.pi), rng.uniform(5, 8)) for _ in range(roots)]
     while todo:
         x, y, angle, width = todo.pop()
-        turns = rng.normal(0, .22, 40)
-        for turn in turns[:int(8 + 4 * width)]:
-            angle, x0, y0 = angle + turn, x, y
-            x, y = x + 9 * math.cos(angle), y + 9 * math.sin(angle)
-            line, tone = max(1, round(width)), min(255, int(110 + 20 * width))
-            draw.line((x0, y0, x, y), fill=tone, width=line)
-            wrap_x, wrap_y = x // (2 * n) * 2 * n, y // (2 * n) * 2 * n
-            if wrap_x or wrap_y:  # goes on at the opposite side
-                x, y = x - wrap_x, y - wrap_y
+        angles = angle + rng.normal(0, .22, int(8 + 4 * width)).cumsum()
+        points = np.stack([x + (9 * np.cos(angles)).cumsum(), y + (9 * np.sin(angles)).cumsum()], 1)  # (steps, 2)
+        low, high = points.min(0) // side, points.max(0) // side
+        for i in np.arange(low[0], high[0] + 1):  # what leaves at one side comes in at the other
+            for j in np.arange(low[1], high[1] + 1):
+                draw.line((points - [i * side, j * side]).ravel().tolist(), fill=min(255, int(110 + 20 * width)), width=round(width))
         if width > 1.2:
-            fork = rng.uniform(.35, .8)
-            todo += [(x, y, angle + fork, width * .72), (x, y, angle - fork * .7, width * .72)]
+            fork, (x, y) = rng.uniform(.35, .8), points[-1] % side
+            todo += [(x, y, angles[-1] + fork, width * .72), (x, y, angles[-1] - .7 * fork, width * .72)]
     return np.asarray(canvas.resize((n, n), Image.BOX), np.float32) / 255
 
 
@@ -104,10 +100,10 @@ def anatomy(kind, rng):
     s = SimpleNamespace(
         kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,
         fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2), rugae=0, spokes=None, hole=None,
-        shaft=None, polyp=None, line=None, tone=spread(.2), mucus=u(-.7, .7), vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
-        blood=0., start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.01, .03))
+        shaft=None, polyp=None, line=None, tone=spread(.12), mucus=u(-.7, .7), vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
+        blood=0., start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.015, .04))
     if kind in LANDMARKS and kind != "ileum":  # these end within sight
-        vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5, speed=u(.003, .01))
+        vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5, speed=u(.008, .02))
     if kind == "cecum":  # three folds meet at the blind end, beside the orifice of the appendix
         at, r = phase(), u(.15, .3)
         vars(s).update(fold=u(.1, .22), spacing=u(1.2, 1.8), spokes=(3, u(.28, .45), u(.12, .2), phase()),
@@ -119,7 +115,7 @@ def anatomy(kind, rng):
         vars(s).update(fold=u(.02, .12), spokes=(int(rng.integers(5, 9)), u(.06, .14), u(.12, .2), phase()), vessels=u(0, .3),
                        hole=(*spread(.06), r, r * u(.8, 1), 0, 0.))
     elif kind == "z-line":  # pale above an irregular line, salmon below it; a star closes the end
-        vars(s).update(end=u(1.9, 2.7), vessels=u(.4, .8), line=(-1, u(1.3, 2.4), u(.15, .4), phase(), u(.2, .45)),
+        vars(s).update(end=u(1.9, 2.7), vessels=u(.4, .8), line=(-1, u(1.3, 2.4), u(.15, .4), phase(), u(.35, .6)),
                        spokes=(int(rng.integers(4, 7)), u(.1, .22), u(.14, .2), phase()),
                        hole=(*spread(.1), u(.14, .24), u(.14, .24), int(rng.integers(4, 6)), u(.2, .4)))
     elif kind == "retroflex-rectum":  # the scope sees itself come in through the dentate line
@@ -343,12 +339,12 @@ def render(s, look, maps, origin, turn, rng, size=256, scope=1):
     facing = lobe = -(normals(p - bumps * (1 - on_shaft) * dirs) * dirs).sum(0).clamp(max=0)
 
     energy = (.75 * facing + .25) / (t * t + .05)
-    energy = energy * 2.2 * look.exposure / (energy.clamp(max=4) * shown).mean()
+    energy = energy * 2. * look.exposure / (energy.clamp(max=4) * shown).mean()
     for _ in range(5):
         lobe = lobe * lobe  # to the 32nd power
     shine = lobe * look.gloss * step(sparkle, 1.7, .8) * (1 - .7 * on_shaft)
-    image = 1 - (-(albedo + 2.5 * shine) * energy).exp()
-    image = image * vignette * torch.tensor([a * b for a, b in zip(look.gain, o["gain"])]).view(3, 1, 1)
+    gain = torch.tensor([a * b for a, b in zip(look.gain, o["gain"])]).view(3, 1, 1)
+    image = (1 - (-(albedo + 2.5 * shine) * energy * gain).exp()) * vignette
     for _ in range(o["blur"]):
         image = F.avg_pool2d(F.pad(image[None], (1, 0, 1, 0), mode="replicate"), 2, 1)[0]
     grain = torch.from_numpy(rng.standard_normal((3, size, size), dtype=np.float32))
@@ -397,7 +393,7 @@ def labelled_jobs(root, scope, scale, rng):
     """The jobs of the three labelled trees under root, whose split lists it writes."""
     def number(n, least):
         return max(least, round(n * scale))
-    jobs = []
+    jobs, each = [], min(4, number(12, 1))  # frames of a patient in one place
 
     def add(kind, patient, place, images, masks=None):
         jobs.append(dict(scope=scope, kind=kind, patient=patient, place=place, images=images, masks=masks, video=False))
@@ -407,9 +403,9 @@ def labelled_jobs(root, scope, scale, rng):
     tree = root / "hyper-kvasir"
     for name, (tract, official) in LANDMARKS.items():
         for p in range(patients):
-            first = 4 * list(LANDMARKS).index(name)
+            first = each * list(LANDMARKS).index(name)
             pid = p + patients * (tract == "upper")
-            files = [f"patient{pid}_{first + i}.jpg" for i in range(4)]
+            files = [f"patient{pid}_{first + i}.jpg" for i in range(each)]
             rows += [f"{f};{official};{p * 5 // patients}" for f in files]
             add(name, pid, 0, [tree / f"labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}/{f}" for f in files])
     for grade, count in ((1, 2), (2, 4), (3, 1)):
@@ -422,7 +418,7 @@ def labelled_jobs(root, scope, scale, rng):
 
     # Kvasir-SEG
     patients, tree = number(100, 8), root / "Kvasir-SEG"
-    stems = [[f"patient{p}_{i}" for i in range(4)] for p in range(patients)]
+    stems = [[f"patient{p}_{i}" for i in range(each)] for p in range(patients)]
     for p, names in enumerate(stems):
         add("polyp", 1000 + p, 0, [tree / f"images/{n}.jpg" for n in names], [tree / f"masks/{n}.jpg" for n in names])
     cut = round(.88 * patients)
@@ -430,16 +426,16 @@ def labelled_jobs(root, scope, scale, rng):
     write_text(tree / "val.txt", "\n".join(sum(stems[cut:], [])) + "\n")
 
     # LIMUC: four places per patient, grades in the published shares
-    patients, tree = number(60, 12), root / "LIMUC"
+    patients, tree = number(48, 12), root / "LIMUC"
     grades = np.repeat(range(4), np.diff(np.round(np.cumsum((0, *MAYO_SHARE)) * 4 * patients).astype(int)))
     grades = rng.permutation(grades).reshape(patients, 4)
     everyone = np.arange(patients)
     test = complete_draw(everyone, grades, .15, rng)
-    frames = {p: [(f"Mayo {g}", f"UC_patient_{p + 1}_{3 * k + i}.bmp") for k, g in enumerate(grades[p]) for i in range(3)] for p in everyone}
+    frames = {p: [(f"Mayo {g}", f"UC_patient_{p + 1}_{each * k + i}.bmp") for k, g in enumerate(grades[p]) for i in range(each)] for p in everyone}
     for p in everyone:
         part = "test_set" if p in test else "train_and_validation_sets"
         for k, g in enumerate(grades[p]):
-            add(f"mayo-{g}", 2000 + int(p), k, [tree / part / c / f for c, f in frames[p][3 * k:3 * k + 3]])
+            add(f"mayo-{g}", 2000 + int(p), k, [tree / part / c / f for c, f in frames[p][each * k:each * k + each]])
     rest = np.setdiff1d(everyone, test)
     for fold in range(10):
         val = complete_draw(rest, grades, .10, rng)
@@ -515,6 +511,34 @@ def ensure(root="data/synthetic", videos=40, frames=20, scale=1.0, size=256, see
     return root
 
 
+def sheet(root, path, size=100, columns=8):
+    """A contact sheet of the set under root: landmarks, Mayo grades, outlined polyps, one video, and the second scope."""
+    def spread(folder, n):  # n frames of different patients, the same at every call
+        files = sorted(folder.rglob("*.[jb][pm][gp]"))
+        return [files[(2 * i + 1) * len(files) // (2 * n)] for i in range(n)]
+    trees, rows = [root, root / "scope2"], []
+    classes = [(name, f"hyper-kvasir/labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}") for name, (tract, _) in LANDMARKS.items()]
+    classes += [(f"Mayo {g}", f"LIMUC/train_and_validation_sets/Mayo {g}") for g in range(4)]
+    for (a, left), (b, right) in zip(classes[::2], classes[1::2]):
+        rows.append(([a, b], spread(root / left, columns // 2) + spread(root / right, columns // 2)))
+    rows.append((["polyps, outlined"], spread(root / "Kvasir-SEG/images", columns)))
+    video = sorted((root / "unlabelled/video0000").glob("*.jpg"))[:10]
+    rows.append((["a video, every frame"], video[:columns]))
+    rows.append((["the second scope"], [spread(trees[1] / folder, 1)[0] for _, folder in classes][:columns]))
+    page = Image.new("RGB", (columns * size, len(rows) * (size + 14)), "white")
+    draw = ImageDraw.Draw(page)
+    for r, (captions, files) in enumerate(rows):
+        for i, caption in enumerate(captions):
+            draw.text((i * columns // len(captions) * size + 2, r * (size + 14) + 1), caption, fill="black")
+        for i, file in enumerate(files):
+            frame = Image.open(file).convert("RGB")
+            if "Kvasir-SEG" in file.parts:
+                mask = Image.open(file.parents[1] / "masks" / file.name).convert("L").point(lambda v: 255 * (v > 127))
+                frame.paste("white", mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
+            page.paste(frame.resize((size, size), Image.LANCZOS), (i * size, r * (size + 14) + 14))
+    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", default="data/synthetic", help="folder to make")
@@ -523,8 +547,11 @@ def main(argv=None):
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of labelled patients")
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", help="also write a contact sheet of the set to this PNG")
     args = parser.parse_args(argv)
-    ensure(args.out, args.videos, args.frames_per_video, args.scale, args.size, args.seed)
+    root = ensure(args.out, args.videos, args.frames_per_video, args.scale, args.size, args.seed)
+    if args.sheet:
+        sheet(root, args.sheet)
 
 
 if __name__ == "__main__":

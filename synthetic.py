@@ -50,7 +50,7 @@ def generator(*key):
 def appearance(rng):
     """Colour and optics that all frames of a patient share, whatever they show."""
     u = rng.uniform
-    redness, yellow = u(.65, 1.5), u(-.05, .6)
+    redness, yellow = u(.7, 1.6), u(-.05, .6)
     return SimpleNamespace(log_base=(-.12, -.12 - redness * .75, -.12 - redness * .8 - yellow), exposure=u(.55, 1.25),
                            gain=tuple(u(.88, 1.12, 3)), gloss=u(.3, 1.0), mucus=u(-1, 1.4), bile=u(0, 1))
 
@@ -100,7 +100,7 @@ def anatomy(kind, rng):
     s = SimpleNamespace(
         kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,
         fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2), rugae=0, spokes=None, hole=None,
-        shaft=None, polyp=None, line=None, tone=spread(.12), mucus=u(-.7, .7), vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
+        shaft=None, polyp=None, line=None, tone=(rng.normal(0, .22), rng.normal(0, .12)), mucus=u(-1., 1.), mottle=u(0, .4), vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
         blood=0., start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.015, .04))
     if kind in LANDMARKS and kind != "ileum":  # these end within sight
         vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5, speed=u(.008, .02))
@@ -128,7 +128,7 @@ def anatomy(kind, rng):
     elif kind.startswith("mayo"):  # vessels fade, then redness, granules, erosions; last ulcers and blood
         grade = int(kind[-1])
         pick = lambda *ranges: u(*ranges[grade])  # noqa: E731
-        vars(s).update(fold=u(.05, .25), aside=1., red=.15 * (grade + u(-1.2, 1.2)),
+        vars(s).update(fold=u(.05, .25), aside=1., red=.12 * (grade + u(-1.5, 1.5)),
                        vessels=pick((.8, 1.), (.2, .4), (0, .05), (0, .02)), granular=pick((0, .15), (.2, .4), (.5, .9), (.5, 1.)),
                        petechiae=pick((0, 0), (0, 0), (.5, 1.), (.3, 1.)), erosions=pick((0, 0), (0, 0), (.3, .8), (.3, .8)),
                        ulcers=pick((0, 0), (0, 0), (0, 0), (.5, 1.)), blood=pick((0, 0), (0, 0), (0, 0), (.2, 1.)))
@@ -256,12 +256,17 @@ def look_around(s, origin, turn, size, scope):
     dirs = (turn @ dirs.view(3, -1)).view(3, size, size)
     origin = origin.view(3, 1, 1)
     t = torch.full((size // 4, size // 4), .02)
-    for scale, steps in ((4, 20), (2, 6), (1, 8)):  # most steps at a quarter of the resolution
+    for scale, steps in ((4, 20), (2, 6), (1, 5)):  # most steps at a quarter of the resolution
         coarse = F.avg_pool2d(dirs, scale)
         for _ in range(steps):
             t = t + .7 * nearest(origin + t * coarse, s)
         if scale > 1:  # start no further than any neighbour stands, lest a thin edge be jumped over
             t = -.97 * F.interpolate(F.max_pool2d(-t[None], 3, 1, 1)[None], scale_factor=2)[0, 0]
+    late = nearest(origin + t * dirs, s) > .006 * t  # rays that pass close by an edge need many more, but are few
+    t_late, d_late = t[late][:, None], dirs[:, late][..., None]  # (n, 1), (3, n, 1)
+    for _ in range(24):
+        t_late = t_late + .7 * nearest(origin + t_late * d_late, s)
+    t[late] = t_late[:, 0]
     t = t.clamp(.02, 12)
     p = origin + t * dirs
     wall, absent = lumen(p, s)[0], torch.zeros_like(shown)
@@ -319,12 +324,12 @@ def mucosa(s, look, maps, t, p, on_polyp):
 
     bumps = .010 * s.granular * small + .012 * s.villi * (small + fine) + .002 * fine + .004 * mid + .006 * s.vessels * tree
     bumps = bumps - .02 * ulcer + .012 * mucus + on_polyp * (s.polyp.pits * (.006 * small + .005 * fine) if s.polyp else 0.)
-    blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + .8 * petechia + .5 * erosion + 1.5 * blood + on_polyp * (s.polyp.red if s.polyp else 0.)
+    blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + s.mottle * small.clamp(min=0) + .8 * petechia + .5 * erosion + 1.5 * blood + on_polyp * (s.polyp.red if s.polyp else 0.)
     vessel = tree * s.vessels * near * (1 - pale) * (1 - .6 * on_polyp)
-    absorbed = 1.2 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
+    absorbed = .9 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
     base = torch.tensor(look.log_base) - torch.tensor([0., s.tone[0], s.tone[0] + s.tone[1]])
     albedo = (base.view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
-              - torch.tensor([.25, 1., .85]).view(3, 1, 1) * absorbed).exp()
+              - torch.tensor([.3, 1., .85]).view(3, 1, 1) * absorbed).exp()
     albedo = mix(albedo, (.9, .82, .6), torch.maximum(ulcer, .6 * (erosion - petechia).clamp(min=0)))
     return mix(albedo, (.85, .8 - .15 * look.bile, .7 - .5 * look.bile), .6 * mucus), bumps * near, mid + small
 
@@ -355,38 +360,42 @@ def render(s, look, maps, origin, turn, rng, size=256, scope=1):
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing the published layouts
 
-def write_job(job):
-    """Write the frames (and masks) of one patient at one place; returns how many. A pure function of the job."""
+def frames_of(job):
+    """Yield (image, mask) of each frame of one patient at one place. A pure function of the job."""
     key = (job["seed"], job["scope"], job["patient"])
-    look = appearance(generator(*key))
-    rng = generator(*key, job["kind"], job["place"])
+    look, rng = appearance(generator(*key)), generator(*key, job["kind"], job["place"])
     maps = skin(rng, job["size"] * 3 // 2)
     s, views = scene_views(job, rng)
-    for i, (path, (origin, turn)) in enumerate(zip(job["images"], views)):
-        image, mask = render(s, look, maps, origin, turn, rng, job["size"], job["scope"])
-        save(image, path)
+    for view in views:
+        yield render(s, look, maps, *view, rng, job["size"], job["scope"])
+
+
+def scene_views(job, rng):
+    """Anatomy and one (position, rotation) per frame: along a path for a video, else independent; polyps that get a mask fill 2 to 30 %."""
+    while True:
+        s, views, path = anatomy(job["kind"], rng), [], int(rng.integers(2 ** 31))
+        for i in range(len(job["images"])):
+            for attempt in range(8):
+                view = camera(s, generator(path), i) if job["video"] else camera(s, rng)
+                if not job["masks"] or .02 < look_around(s, *view, 64, job["scope"])[3].float().mean() < .30:
+                    views.append(view)
+                    break
+        if len(views) == len(job["images"]):
+            return s, views
+
+
+def write_job(job):
+    """Write the frames (and masks) of a job; returns how many."""
+    for i, (image, mask) in enumerate(frames_of(job)):
+        save(image, job["images"][i])
         if job["masks"]:
             save(mask.astype(np.uint8) * 255, job["masks"][i])
     return len(job["images"])
 
 
 def save(array, path):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, quality=92)
-
-
-def scene_views(job, rng):
-    """Anatomy and one (position, rotation) per frame: along a path for a video, else independent; polyps fill 2 to 30 %."""
-    while True:
-        s, views, path = anatomy(job["kind"], rng), [], int(rng.integers(2 ** 31))
-        for i in range(len(job["images"])):
-            for attempt in range(8):
-                view = tuple(camera(s, generator(path), i)) if job["video"] else tuple(camera(s, rng))
-                if not job["masks"] or .02 < look_around(s, *view, 64, job["scope"])[3].float().mean() < .30:
-                    views.append(view)
-                    break
-        if len(views) == len(job["images"]):
-            return s, views
 
 
 def labelled_jobs(root, scope, scale, rng):

@@ -226,9 +226,11 @@ def shaft(p, s):
 
 
 def polyp(p, q):
-    """Distance (a lower bound) to polyp q and its stalk."""
+    """Distance to polyp q and its stalk."""
     e = (q.frame @ (p - q.centre.view(3, 1, 1)).view(3, -1)).view(p.shape)
-    d = (length(e / q.axes.view(3, 1, 1)) - 1) * q.axes.min()
+    axes = q.axes.view(3, 1, 1)
+    k = length(e / axes)
+    d = k * (k - 1) / length(e / axes ** 2).clamp(min=1e-6)  # to first order the distance to the ellipsoid
     return torch.minimum(d, torch.maximum(torch.hypot(e[1], e[2]) - q.stalk, e[0])) if q.stalk else d
 
 
@@ -264,7 +266,7 @@ def look_around(s, origin, turn, size, scope):
             t = -.97 * F.interpolate(F.max_pool2d(-t[None], 3, 1, 1)[None], scale_factor=2)[0, 0]
     late = nearest(origin + t * dirs, s) > .006 * t  # rays that pass close by an edge need many more, but are few
     t_late, d_late = t[late][:, None], dirs[:, late][..., None]  # (n, 1), (3, n, 1)
-    for _ in range(24):
+    for _ in range(30):
         t_late = t_late + .7 * nearest(origin + t_late * d_late, s)
     t[late] = t_late[:, 0]
     t = t.clamp(.02, 12)

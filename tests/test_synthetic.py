@@ -1,0 +1,268 @@
+"""synthetic.py: exact masks, published layouts, patients that stay in one fold, and labels that colour cannot tell."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import synthetic
+
+ROOT = Path(synthetic.__file__).parent
+TINY = dict(videos=2, frames=4, scale=.05, size=32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return synthetic.ensure(tmp_path_factory.mktemp("synthetic") / "set", **TINY, workers=0)
+
+
+def stills(kind, patient, place, n=2, size=64):
+    """n frames (n, size, size, 3) of one patient at one place."""
+    job = dict(seed=5, scope=1, kind=kind, patient=patient, place=place, images=[None] * n, masks=None, video=False, size=size)
+    return np.stack([image for image, _ in synthetic.frames_of(job)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Floors: colour statistics and thumbnails must not give the labels away
+
+def hsv_histogram(images):  # (n, H, W, 3) -> (n, 512)
+    hsv = [np.asarray(Image.fromarray(i).convert("HSV")).reshape(-1, 3) for i in images]
+    return np.stack([np.histogramdd(p, bins=8, range=[(0, 256)] * 3)[0].ravel() / len(p) for p in hsv])
+
+
+def logistic_regression(train_x, train_y, x, n_classes, l2=1e-2):
+    mean, std = train_x.mean(0), train_x.std(0) + 1e-3
+    train_x, x = (torch.tensor((a - mean) / std, dtype=torch.float32) for a in (train_x, x))
+    layer = torch.nn.Linear(x.shape[1], n_classes)
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(train_x), torch.tensor(train_y)) + l2 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return layer(x).argmax(1).numpy()
+
+
+def nearest_thumbnail(train_images, train_y, images):
+    def thumb(a):
+        return F.interpolate(torch.from_numpy(a).permute(0, 3, 1, 2).float(), (16, 16), mode="area").flatten(1)
+    return train_y[torch.cdist(thumb(images), thumb(train_images)).argmin(1).numpy()]
+
+
+def balanced_accuracy(true, pred):
+    return np.mean([(pred[true == c] == c).mean() for c in np.unique(true)])
+
+
+def quadratic_kappa(true, pred, n=4):
+    seen = np.zeros((n, n))
+    np.add.at(seen, (true, pred), 1)
+    weight = (np.arange(n)[:, None] - np.arange(n)) ** 2
+    return 1 - (weight * seen).sum() / (weight * np.outer(seen.sum(1), seen.sum(0)) / len(true)).sum()
+
+
+def floors(images, labels, patients, n_classes, score):
+    train = patients % 3 > 0  # by patient
+    a, b = hsv_histogram(images[train]), hsv_histogram(images[~train])
+    return {"HSV histogram": score(labels[~train], logistic_regression(a, labels[train], b, n_classes)),
+            "thumbnails": score(labels[~train], nearest_thumbnail(images[train], labels[train], images[~train]))}
+
+
+def test_colour_and_thumbnails_do_not_tell_landmarks():
+    names, rows = list(synthetic.LANDMARKS), []
+    for patient in range(42):
+        for label in range(3 * (patient % 2), 3 * (patient % 2) + 3):  # the landmarks of one tract
+            rows += [(image, label, patient // 2) for image in stills(names[label], patient, 0)]
+    images, labels, patients = (np.stack(column) for column in zip(*rows))
+    for name, value in floors(images, labels, patients, 6, balanced_accuracy).items():
+        share = (value - 1 / 6) / (1 - 1 / 6)
+        print(f"landmarks, {name}: balanced accuracy {value:.3f}, {share:.0%} of the way from chance to perfect")
+        assert share < .6, name
+
+
+def test_colour_and_thumbnails_do_not_tell_mayo_grades():
+    rng, rows = np.random.default_rng(0), []
+    for patient in range(45):
+        for place, grade in enumerate(rng.choice(4, 4, p=synthetic.MAYO_SHARE)):
+            rows += [(image, grade, patient) for image in stills(f"mayo-{grade}", patient, place)]
+    images, labels, patients = (np.stack(column) for column in zip(*rows))
+    for name, value in floors(images, labels, patients, 4, quadratic_kappa).items():
+        print(f"Mayo, {name}: quadratic kappa {value:.3f}")
+        assert value < .6, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
+
+def test_the_mask_is_the_polyp_that_the_rays_meet():
+    """Rays against the ellipsoid in closed form (no marching), nothing in between being nearer."""
+    overlap = []
+    for patient in range(24):
+        rng = synthetic.generator(1, patient)
+        job = dict(scope=1, kind="polyp", images=[None], masks=[None], video=False)
+        s, [(origin, turn)] = synthetic.scene_views(job, rng)
+        if s.polyp.stalk:
+            continue
+        dirs, t, _, mask, _ = synthetic.look_around(s, origin, turn, 256, 1)
+        q = s.polyp
+        o = (q.frame @ (origin - q.centre)) / q.axes  # the ellipsoid as a unit sphere
+        d = (q.frame @ dirs.reshape(3, -1)) / q.axes[:, None]
+        b, a, c = (o[:, None] * d).sum(0), (d * d).sum(0), (o * o).sum() - 1
+        root = b * b - a * c
+        hit = ((-b - root.clamp(min=0).sqrt()) / a).view(256, 256)
+        _, shown, _ = synthetic.rays(256, 1)
+        meets = (root.view(256, 256) > 0) & (hit > 0) & shown
+        expected = meets & (t > hit - .02)  # without what a fold hides
+        overlap.append(((mask & expected).sum() / (mask | expected).sum()).item())
+        assert .015 < mask.float().mean() < .31
+    assert len(overlap) >= 10 and np.median(overlap) > .93 and min(overlap) > .8, overlap
+
+
+def test_polyps_of_all_sizes(tiny):
+    shares = [np.mean(np.asarray(Image.open(f)) > 127) for f in (tiny / "Kvasir-SEG/masks").iterdir()]
+    assert min(shares) > .01 and max(shares) < .35  # drawn at 64 pixels, so a little over the bounds of 2 and 30 %
+    assert max(shares) > 2 * min(shares)
+
+
+def test_frames_of_a_video_are_near_duplicates_and_videos_are_not():
+    def strip(kind, patient):
+        job = dict(seed=0, scope=1, kind=kind, patient=patient, place=0, images=[None] * 4, masks=None, video=True, size=64)
+        return [image.astype(np.float32) for image, _ in synthetic.frames_of(job)]
+    strips = [strip(kind, patient) for patient, kind in enumerate(("colon", "cecum", "mayo-1", "pylorus", "polyp", "colon"))]
+    within = [np.abs(a - b).mean() for s in strips for a, b in zip(s, s[1:])]
+    across = [np.abs(a[0] - b[0]).mean() for i, a in enumerate(strips) for b in strips[:i]]
+    assert np.median(within) < .4 * np.median(across)
+    assert min(within) > .5  # it moves, and the sensor is noisy
+
+
+def test_a_frame_depends_on_the_seed_and_nothing_else():
+    torch.manual_seed(1)
+    first = stills("z-line", 3, 0)
+    torch.manual_seed(2), np.random.seed(0)
+    assert np.array_equal(stills("z-line", 3, 0), first)
+    assert not np.array_equal(stills("z-line", 4, 0), first)
+
+
+def test_the_second_scope_sees_the_same_scene_otherwise():
+    job = dict(scope=1, kind="cecum", images=[None], masks=None, video=False)
+    rng = synthetic.generator(8)
+    s, [view] = synthetic.scene_views(job, rng)
+    maps, look = synthetic.skin(rng, 96), synthetic.appearance(rng)
+    one, two = (synthetic.render(s, look, maps, *view, synthetic.generator(0), 64, scope)[0].astype(int) for scope in (1, 2))
+    assert (one[0, 0] == 0).all() and (two[0, 0] == 0).all()  # both frames are black in the corners
+    seen = (one.max(2) > 0) & (two.max(2) > 0)
+    warm = [np.mean(i[seen][:, 0]) / np.mean(i[seen][:, 2]) for i in (one, two)]
+    assert warm[1] < .95 * warm[0]  # a cooler lamp
+    assert (one.max(2) > 0).sum() != (two.max(2) > 0).sum()  # another frame
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+def patient_of(path):
+    return path.stem.rsplit("_", 1)[0]
+
+
+@pytest.mark.parametrize("scope", (".", "scope2"))
+def test_hyper_kvasir(tiny, scope):
+    tree = tiny / scope / "hyper-kvasir"
+    lines = (tree / "official_splits/5_fold_split.csv").read_text().splitlines()
+    assert lines[0] == "file-name;class-name;split-index"
+    rows = [line.split(";") for line in lines[1:]]
+    files = {f.name: f for f in tree.glob("labeled-images/*/*/*/*.jpg")}
+    assert sorted(files) == sorted(name for name, _, _ in rows) and len(rows) == len(files)
+    official = {folder: name for folder, (_, name) in synthetic.LANDMARKS.items()}
+    folds = {}
+    for name, class_name, fold in rows:
+        assert class_name == official.get(files[name].parent.name, files[name].parent.name)
+        folds.setdefault(patient_of(files[name]), set()).add(fold)
+    assert all(len(f) == 1 for f in folds.values())  # no patient in two folds
+    for class_name in {row[1] for row in rows}:
+        order = [row[2] for row in rows if row[1] == class_name]
+        assert order == sorted(order) and set(order) == set("01234")  # contiguous blocks
+    assert {f.parent.name for f in files.values()} == {*synthetic.LANDMARKS, *(f"ulcerative-colitis-grade-{g}" for g in (1, 2, 3))}
+
+
+@pytest.mark.parametrize("scope", (".", "scope2"))
+def test_kvasir_seg(tiny, scope):
+    tree = tiny / scope / "Kvasir-SEG"
+    train, val = ((tree / f"{part}.txt").read_text().split() for part in ("train", "val"))
+    for folder in ("images", "masks"):
+        assert sorted(f.name for f in (tree / folder).iterdir()) == sorted(f"{stem}.jpg" for stem in train + val)
+    assert not {s.split("_")[0] for s in train} & {s.split("_")[0] for s in val}
+    assert Image.open(tree / f"masks/{val[0]}.jpg").size == Image.open(tree / f"images/{val[0]}.jpg").size
+
+
+@pytest.mark.parametrize("scope", (".", "scope2"))
+def test_limuc(tiny, scope):
+    tree = tiny / scope / "LIMUC"
+    parts = {part: {(f.parent.name, f.name) for f in (tree / part).glob("*/*.bmp")} for part in ("train_and_validation_sets", "test_set")}
+    patients = {part: {name.rsplit("_", 1)[0] for _, name in files} for part, files in parts.items()}
+    assert not patients["test_set"] & patients["train_and_validation_sets"]
+    for k in range(10):
+        lists = [json.loads((tree / f"cross_validation_folds_train_val_info/fold_{k}/{name}.json").read_text()) for name in ("train", "val")]
+        train, val = ({(grade, name) for grade, names in listed.items() for name in names} for listed in lists)
+        assert train | val == parts["train_and_validation_sets"] and not train & val
+        assert not {n.rsplit("_", 1)[0] for _, n in train} & {n.rsplit("_", 1)[0] for _, n in val}
+        assert {grade for grade, _ in val} == {f"Mayo {g}" for g in range(4)}
+    counts = Counter(grade for files in parts.values() for grade, _ in files)
+    share = [counts[f"Mayo {g}"] / counts.total() for g in range(4)]
+    assert np.abs(np.array(share) - synthetic.MAYO_SHARE).max() < .03
+
+
+def test_unlabelled_videos(tiny):
+    lines = (tiny / "unlabelled/manifest.csv").read_text().splitlines()
+    assert lines[0] == "path,video" and len(lines) == 1 + TINY["videos"] * TINY["frames"]
+    for path, video in (line.split(",") for line in lines[1:]):
+        assert Path(path).parent.name == video and (tiny / "unlabelled" / path).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making the set once
+
+def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(tiny, tmp_path):
+    again = synthetic.ensure(tmp_path / "again", **TINY, workers=2)
+    names = sorted(str(f.relative_to(tiny)) for f in tiny.rglob("*") if f.is_file())
+    assert names == sorted(str(f.relative_to(again)) for f in again.rglob("*") if f.is_file())
+    assert all((tiny / name).read_bytes() == (again / name).read_bytes() for name in names)
+
+
+def test_a_process_that_is_killed_leaves_no_half_set(tmp_path):
+    root = tmp_path / "set"
+    code = f"import synthetic; synthetic.ensure({str(root)!r}, videos=50, frames=50, scale=1, size=32, workers=1)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    making = tmp_path / ".set.making"
+    for _ in range(600):
+        if any(making.rglob("*.jpg")):
+            break
+        time.sleep(.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert any(making.rglob("*.jpg")) and not root.exists()
+    made = synthetic.ensure(root, videos=1, frames=2, scale=.01, size=32, workers=0)
+    assert (made / "made_by.json").exists() and not making.exists()
+    assert len(list((made / "unlabelled").rglob("*.jpg"))) == 2
+
+
+def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "make", lambda *_: pytest.fail("made twice"))
+    assert synthetic.ensure(tiny, videos=9) == tiny
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=str(tmp_path)):
+        synthetic.ensure(tmp_path)
+
+
+def test_contact_sheet(tiny, tmp_path):
+    synthetic.sheet(tiny, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[0] == 800

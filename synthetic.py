@@ -486,7 +486,7 @@ def make(root, videos, frames, scale, size, seed, workers):
     """Write the whole set into the empty folder root."""
     jobs = video_jobs(root / "unlabelled", videos, frames, generator(seed, "videos"))
     jobs += labelled_jobs(root, 1, scale, generator(seed, "labelled"))
-    jobs += labelled_jobs(root / "scope2", 2, scale / 3, generator(seed, "scope2"))
+    jobs += labelled_jobs(root / "scope2", 2, scale / 4, generator(seed, "scope2"))
     jobs = [dict(job, seed=seed, size=size) for job in jobs]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one result whatever the number of cores

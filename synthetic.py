@@ -7,8 +7,8 @@
 A scene is a signed distance to the mucosa of a bent tube along z (folds, blind end, orifice), the scope's own shaft
 and polyps. Rays are sphere-traced from a camera with two things that every endoscope has: a wide barrel-distorted lens
 and its own light, which falls off with the square of the distance. Colour is a sum of absorptions (blood, vessels).
-Hue, brightness, anatomy and pose are drawn per patient or frame, from ranges that the classes share: a class differs
-from another in its structure only.
+Hue, brightness, anatomy and pose are drawn per patient, place or frame, from ranges that the classes share, so that a
+class is told by its structure.
 
 The stem of a frame is <patient>_<n>: "patient12_3.jpg" (HyperKvasir, Kvasir-SEG) or "UC_patient_12_3.bmp" (LIMUC).
 """
@@ -34,9 +34,9 @@ LANDMARKS = {  # folder name -> (tract, name in the official csv)
     "pylorus": ("upper", "normal-pylorus"), "retroflex-stomach": ("upper", "retroflex-stomach"),
     "z-line": ("upper", "normal-z-line")}
 MAYO_SHARE = (.54, .27, .11, .08)  # LIMUC
-SCOPES = {  # fov: degrees between the two edge midpoints; corner: |x| + |y| of the cut corners; gain: colour of the lamp and sensor
-    1: dict(fov=125, barrel=.12, corner=1.55, round=9.0, vignette=.25, gain=(1.0, 1.0, 1.0), noise=.012, blur=1, light=(.15, .02)),
-    2: dict(fov=150, barrel=-.10, corner=9.0, round=1.04, vignette=.55, gain=(.85, 1.05, 1.2), noise=.025, blur=2, light=(-.05, .18))}
+SCOPES = {  # fov: degrees between two edge midpoints; corner: |x| + |y| where corners are cut; gain: lamp and sensor
+    1: dict(fov=125, barrel=.12, corner=1.55, round=9.0, vignette=.25, gain=(1.0, 1.0, 1.0), noise=.012, blur=1),
+    2: dict(fov=150, barrel=-.10, corner=9.0, round=1.04, vignette=.55, gain=(.85, 1.05, 1.2), noise=.025, blur=2)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,8 @@ def vessels(rng, n, roots=9):
         low, high = points.min(0) // side, points.max(0) // side
         for i in np.arange(low[0], high[0] + 1):  # what leaves at one side comes in at the other
             for j in np.arange(low[1], high[1] + 1):
-                draw.line((points - [i * side, j * side]).ravel().tolist(), fill=min(255, int(110 + 20 * width)), width=round(width))
+                path = (points - [i * side, j * side]).ravel().tolist()
+                draw.line(path, fill=min(255, int(110 + 20 * width)), width=round(width))
         if width > 1.2:
             fork, (x, y) = rng.uniform(.35, .8), points[-1] % side
             todo += [(x, y, angles[-1] + fork, width * .72), (x, y, angles[-1] - .7 * fork, width * .72)]
@@ -98,12 +99,15 @@ def anatomy(kind, rng):
     """The scene of one stretch of gut, in units of its radius. kind: a landmark, mayo-0 .. mayo-3, polyp or colon."""
     u, phase, spread = rng.uniform, lambda: rng.uniform(0, 2 * math.pi), lambda sd: rng.normal(0, sd, 2).tolist()
     s = SimpleNamespace(
-        kind=kind, sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,
-        fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2), rugae=0, spokes=None, hole=None,
-        shaft=None, polyp=None, line=None, tone=(rng.normal(0, .22), rng.normal(0, .12)), mucus=u(-1., 1.), mottle=u(0, .4), vessels=u(.6, 1), red=u(0, .4), granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0.,
-        blood=0., start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.015, .04))
+        sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,  # the tube
+        fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2),
+        rugae=0, spokes=None, hole=None, shaft=None, polyp=None, line=None,
+        tone=(rng.normal(0, .2), rng.normal(0, .12)), mucus=u(-1, 1), mottle=u(0, .4), vessels=u(.6, 1), red=u(0, .4),
+        granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0., blood=0.,  # the mucosa
+        start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.015, .04))  # the camera
     if kind in LANDMARKS and kind != "ileum":  # these end within sight
-        vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5, speed=u(.008, .02))
+        vars(s).update(end=u(1.6, 2.5), start=0., sway=u(0, .08), corner=u(.5, .9), fold=u(0, .1), aside=.5,
+                       speed=u(.008, .02))
     if kind == "cecum":  # three folds meet at the blind end, beside the orifice of the appendix
         at, r = phase(), u(.15, .3)
         vars(s).update(fold=u(.1, .22), spacing=u(1.2, 1.8), spokes=(3, u(.28, .45), u(.12, .2), phase()),
@@ -112,14 +116,15 @@ def anatomy(kind, rng):
         vars(s).update(fold=u(0, .06), spacing=u(.35, .7), villi=u(.7, 1.), vessels=u(0, .3))
     elif kind == "pylorus":  # a round dark hole in smooth, converging mucosa
         r = u(.14, .28)
-        vars(s).update(fold=u(.02, .12), spokes=(int(rng.integers(5, 9)), u(.06, .14), u(.12, .2), phase()), vessels=u(0, .3),
-                       hole=(*spread(.06), r, r * u(.8, 1), 0, 0.))
+        vars(s).update(fold=u(.02, .12), vessels=u(0, .3), hole=(*spread(.06), r, r * u(.8, 1), 0, 0.),
+                       spokes=(int(rng.integers(5, 9)), u(.06, .14), u(.12, .2), phase()))
     elif kind == "z-line":  # pale above an irregular line, salmon below it; a star closes the end
         vars(s).update(end=u(1.9, 2.7), vessels=u(.4, .8), line=(-1, u(1.3, 2.4), u(.15, .4), phase(), u(.35, .6)),
                        spokes=(int(rng.integers(4, 7)), u(.1, .22), u(.14, .2), phase()),
                        hole=(*spread(.1), u(.14, .24), u(.14, .24), int(rng.integers(4, 6)), u(.2, .4)))
     elif kind == "retroflex-rectum":  # the scope sees itself come in through the dentate line
-        vars(s).update(shaft=(*spread(.12), phase(), u(.14, .24)), line=(1, s.end + u(.3, .6), u(.1, .2), phase(), u(.2, .45)),
+        vars(s).update(shaft=(*spread(.12), phase(), u(.14, .24)),
+                       line=(1, s.end + u(.3, .6), u(.1, .2), phase(), u(.2, .45)),
                        spokes=(int(rng.integers(6, 10)), u(.06, .14), u(.08, .12), phase()))
     elif kind == "retroflex-stomach":  # the scope sees itself among thick winding folds
         vars(s).update(shaft=(*spread(.12), phase(), u(.14, .24)), rugae=int(rng.integers(4, 7)), vessels=u(0, .35))
@@ -129,22 +134,24 @@ def anatomy(kind, rng):
         grade = int(kind[-1])
         pick = lambda *ranges: u(*ranges[grade])  # noqa: E731
         vars(s).update(fold=u(.05, .25), aside=1., red=.12 * (grade + u(-1.5, 1.5)),
-                       vessels=pick((.8, 1.), (.2, .4), (0, .05), (0, .02)), granular=pick((0, .15), (.2, .4), (.5, .9), (.5, 1.)),
-                       petechiae=pick((0, 0), (0, 0), (.5, 1.), (.3, 1.)), erosions=pick((0, 0), (0, 0), (.3, .8), (.3, .8)),
+                       vessels=pick((.8, 1.), (.2, .4), (0, .05), (0, .02)),
+                       granular=pick((0, .15), (.2, .4), (.5, .9), (.5, 1.)),
+                       petechiae=pick((0, 0), (0, 0), (.5, 1.), (.3, 1.)),
+                       erosions=pick((0, 0), (0, 0), (.3, .8), (.3, .8)),
                        ulcers=pick((0, 0), (0, 0), (0, 0), (.5, 1.)), blood=pick((0, 0), (0, 0), (0, 0), (.2, 1.)))
     return s
 
 
 def polyp_at(s, rng, z):
-    """A polyp on the wall of scene s at depth z, sessile or on a stalk: an ellipsoid with axes inward, around, along."""
+    """A polyp on the wall of s at depth z, sessile or on a stalk: an ellipsoid with axes inward, around, along."""
     u = rng.uniform
     size, angle, stalked = u(.18, .5), u(0, 2 * math.pi), u() < .35
     axes = torch.tensor([size * (u(.8, 1.1) if stalked else u(.5, 1.)), size * u(.8, 1.2), size * u(.8, 1.3)])
     lift = float(axes[0]) * (u(1.1, 1.6) if stalked else u(.1, .5))
     inward = torch.tensor([-math.cos(angle), -math.sin(angle), 0.])
     frame = torch.stack([inward, torch.tensor([math.sin(angle), -math.cos(angle), 0.]), torch.tensor([0., 0., 1.])])
-    return SimpleNamespace(centre=middle(s, z) - (1 - lift) * inward, frame=frame, axes=axes, stalk=size * .35 if stalked else 0.,
-                           red=u(-.25, .5), pits=u(.2, 1))
+    return SimpleNamespace(centre=middle(s, z) - (1 - lift) * inward, frame=frame, axes=axes,
+                           stalk=size * .35 if stalked else 0., red=u(-.25, .5), pits=u(.2, 1))
 
 
 def centreline(s, z):
@@ -159,7 +166,8 @@ def middle(s, z):
 def camera(s, rng, t=0):
     """Position (3,) and rotation (3, 3; columns right, down, forward) at frame t of the path that rng draws."""
     u = rng.uniform
-    offset, aside, ahead, roll = rng.normal(0, .2, 2).clip(-.4, .4), rng.normal(0, s.aside, 2), u(*s.ahead), u(0, 2 * math.pi)
+    offset, aside = rng.normal(0, .2, 2).clip(-.4, .4), rng.normal(0, s.aside, 2)
+    ahead, roll = u(*s.ahead), u(0, 2 * math.pi)
     wobble = np.array([.06 * math.sin(u(.1, .4) * t + u(0, 6)) for _ in range(6)])
     z = s.start + u(-.3, .4) + s.speed * t
     position = middle(s, z).numpy() + [*(offset + wobble[:2]), 0]
@@ -185,7 +193,7 @@ def smooth_min(a, b, k):
 
 
 def lumen(p, s):
-    """Distance (H, W) from points p (3, H, W) inside the lumen to its wall, and their polar coordinates (rho, theta)."""
+    """Distance (H, W) from points p (3, H, W) in the lumen to its wall, and their polar coordinates (rho, theta)."""
     x, y, z = p
     cx, cy = centreline(s, z)
     x, y = x - cx, y - cy
@@ -212,7 +220,7 @@ def relief(rho, theta, s):
     if not s.spokes:
         return 0.
     number, height, width, at = s.spokes
-    across = rho * rho * (2 / number ** 2) * (1 - (number * (theta - at)).cos())  # squared distance from the nearest ridge
+    across = rho * rho * (2 / number ** 2) * (1 - (number * (theta - at)).cos())  # squared, to the nearest ridge
     return height * (-across / width ** 2).exp() * (1.4 * rho).clamp(max=1)
 
 
@@ -253,7 +261,7 @@ def rays(size, scope):
 
 
 def look_around(s, origin, turn, size, scope):
-    """Trace all rays: directions (3, H, W), distance t (H, W), hit points (3, H, W), masks (H, W) of polyp and shaft."""
+    """Trace all rays: directions (3, H, W), distance t (H, W), hits p (3, H, W), masks (H, W) of polyp and shaft."""
     dirs, shown, _ = rays(size, scope)
     dirs = (turn @ dirs.view(3, -1)).view(3, size, size)
     origin = origin.view(3, 1, 1)
@@ -302,7 +310,7 @@ def mix(a, colour, share):
 
 
 def mucosa(s, look, maps, t, p, on_polyp):
-    """Albedo (3, H, W), bumps (H, W; towards the camera, in radii) and a random field (H, W) that breaks up the shine."""
+    """Albedo (3, H, W), bumps (H, W; towards the camera, in radii), a random field (H, W) that breaks up the shine."""
     _, rho, theta = lumen(p, s)
     depth = p[2] + 1 - rho  # along the profile: down the wall, then to the centre of the end
     u, v = theta / math.pi, depth * .35
@@ -324,12 +332,17 @@ def mucosa(s, look, maps, t, p, on_polyp):
         zigzag = tongue * (.5 * (3 * theta + phase).cos() + .4 * (7 * theta + 2 * phase).cos() + .5 * mid)
         pale = contrast * step(side * (depth - at - zigzag), 0, .05)
 
-    bumps = .010 * s.granular * small + .012 * s.villi * (small + fine) + .002 * fine + .004 * mid + .006 * s.vessels * tree
-    bumps = bumps - .02 * ulcer + .012 * mucus + on_polyp * (s.polyp.pits * (.006 * small + .005 * fine) if s.polyp else 0.)
-    blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + s.mottle * small.clamp(min=0) + .8 * petechia + .5 * erosion + 1.5 * blood + on_polyp * (s.polyp.red if s.polyp else 0.)
+    blush = s.red * (.7 + .5 * low.clamp(-1, 1)) + s.mottle * small.clamp(min=0)
+    blush = blush + .8 * petechia + .5 * erosion + 1.5 * blood
+    bumps = .010 * s.granular * small + .012 * s.villi * (small + fine) + .002 * fine + .004 * mid
+    bumps = bumps + .006 * s.vessels * tree - .02 * ulcer + .012 * mucus
+    if s.polyp:
+        blush = blush + on_polyp * s.polyp.red
+        bumps = bumps + on_polyp * s.polyp.pits * (.006 * small + .005 * fine)
     vessel = tree * s.vessels * near * (1 - pale) * (1 - .6 * on_polyp)
     absorbed = .9 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
     base = torch.tensor(look.log_base) - torch.tensor([0., s.tone[0], s.tone[0] + s.tone[1]])
+    base = torch.minimum(base, torch.tensor([0., -.5, -.55]))  # no mucosa is grey
     albedo = (base.view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
               - torch.tensor([.3, 1., .85]).view(3, 1, 1) * absorbed).exp()
     albedo = mix(albedo, (.9, .82, .6), torch.maximum(ulcer, .6 * (erosion - petechia).clamp(min=0)))
@@ -373,7 +386,8 @@ def frames_of(job):
 
 
 def scene_views(job, rng):
-    """Anatomy and one (position, rotation) per frame: along a path for a video, else independent; polyps that get a mask fill 2 to 30 %."""
+    """Anatomy and one (position, rotation) per frame: along a path for a video, else independent. Where masks are
+    asked for, the polyp covers 2 to 30 % of every frame."""
     while True:
         s, views, path = anatomy(job["kind"], rng), [], int(rng.integers(2 ** 31))
         for i in range(len(job["images"])):
@@ -404,60 +418,69 @@ def labelled_jobs(root, scope, scale, rng):
     """The jobs of the three labelled trees under root, whose split lists it writes."""
     def number(n, least):
         return max(least, round(n * scale))
-    jobs, each = [], min(4, number(12, 1))  # frames of a patient in one place
+    each = min(4, number(12, 1))  # frames of a patient in one place
+    jobs = hyper_kvasir(root / "hyper-kvasir", number(30, 5), each)
+    jobs += kvasir_seg(root / "Kvasir-SEG", number(100, 8), each)
+    jobs += limuc(root / "LIMUC", number(48, 12), each, rng)
+    return [dict(job, scope=scope, video=False) for job in jobs]
 
-    def add(kind, patient, place, images, masks=None):
-        jobs.append(dict(scope=scope, kind=kind, patient=patient, place=place, images=images, masks=masks, video=False))
 
-    # HyperKvasir: a patient has the three landmarks of one tract; the frames of a class stand in blocks, one per fold
-    patients, rows = number(30, 5), []
-    tree = root / "hyper-kvasir"
-    for name, (tract, official) in LANDMARKS.items():
-        for p in range(patients):
-            first = each * list(LANDMARKS).index(name)
-            pid = p + patients * (tract == "upper")
-            files = [f"patient{pid}_{first + i}.jpg" for i in range(each)]
-            rows += [f"{f};{official};{p * 5 // patients}" for f in files]
-            add(name, pid, 0, [tree / f"labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}/{f}" for f in files])
-    for grade, count in ((1, 2), (2, 4), (3, 1)):
+def hyper_kvasir(tree, patients, each):
+    """A patient has the three landmarks of one tract, or all grades; every class stands in blocks, one per fold."""
+    jobs, rows = [], []
+    places = [(f"{tract}-gi-tract/anatomical-landmarks/{name}", name, official, (tract == "upper") * patients, i, each)
+              for i, (name, (tract, official)) in enumerate(LANDMARKS.items())]
+    for grade, count in ((1, 2), (2, 4), (3, 1)):  # about the official shares
         name = f"ulcerative-colitis-grade-{grade}"
+        folder = f"lower-gi-tract/pathological-findings/{name}"
+        places.append((folder, f"mayo-{grade}", name, 2 * patients, grade, count))
+    for folder, kind, official, first, place, count in places:
         for p in range(patients):
-            files = [f"patient{2 * patients + p}_{10 * grade + i}.jpg" for i in range(count)]
-            rows += [f"{f};{name};{p * 5 // patients}" for f in files]
-            add(f"mayo-{grade}", 2 * patients + p, grade, [tree / f"labeled-images/lower-gi-tract/pathological-findings/{name}/{f}" for f in files])
+            files = [f"patient{first + p}_{4 * place + i}.jpg" for i in range(count)]
+            rows += [f"{f};{official};{p * 5 // patients}" for f in files]
+            images = [tree / "labeled-images" / folder / f for f in files]
+            jobs.append(dict(kind=kind, patient=first + p, place=place, images=images, masks=None))
     write_text(tree / "official_splits/5_fold_split.csv", "\n".join(["file-name;class-name;split-index", *rows]) + "\n")
+    return jobs
 
-    # Kvasir-SEG
-    patients, tree = number(100, 8), root / "Kvasir-SEG"
+
+def kvasir_seg(tree, patients, each):
+    """Polyps with masks; 88 % of the patients in train.txt, as 880 of the published 1,000 frames."""
     stems = [[f"patient{p}_{i}" for i in range(each)] for p in range(patients)]
-    for p, names in enumerate(stems):
-        add("polyp", 1000 + p, 0, [tree / f"images/{n}.jpg" for n in names], [tree / f"masks/{n}.jpg" for n in names])
     cut = round(.88 * patients)
     write_text(tree / "train.txt", "\n".join(sum(stems[:cut], [])) + "\n")
     write_text(tree / "val.txt", "\n".join(sum(stems[cut:], [])) + "\n")
+    return [dict(kind="polyp", patient=1000 + p, place=0, images=[tree / f"images/{n}.jpg" for n in names],
+                 masks=[tree / f"masks/{n}.jpg" for n in names]) for p, names in enumerate(stems)]
 
-    # LIMUC: four places per patient, grades in the published shares
-    patients, tree = number(48, 12), root / "LIMUC"
-    grades = np.repeat(range(4), np.diff(np.round(np.cumsum((0, *MAYO_SHARE)) * 4 * patients).astype(int)))
-    grades = rng.permutation(grades).reshape(patients, 4)
+
+def limuc(tree, patients, each, rng):
+    """Four places per patient, grades in LIMUC's shares; a test set and ten random train/val lists, all by patient."""
+    ends = np.round(np.cumsum((0, *MAYO_SHARE)) * 4 * patients).astype(int)
+    grades = rng.permutation(np.repeat(range(4), np.diff(ends))).reshape(patients, 4)
     everyone = np.arange(patients)
     test = complete_draw(everyone, grades, .15, rng)
-    frames = {p: [(f"Mayo {g}", f"UC_patient_{p + 1}_{each * k + i}.bmp") for k, g in enumerate(grades[p]) for i in range(each)] for p in everyone}
+    jobs, frames = [], {p: [] for p in everyone}  # patient -> (folder, name)
     for p in everyone:
-        part = "test_set" if p in test else "train_and_validation_sets"
-        for k, g in enumerate(grades[p]):
-            add(f"mayo-{g}", 2000 + int(p), k, [tree / part / c / f for c, f in frames[p][each * k:each * k + each]])
+        part = tree / ("test_set" if p in test else "train_and_validation_sets")
+        for place, grade in enumerate(grades[p]):
+            names = [(f"Mayo {grade}", f"UC_patient_{p + 1}_{each * place + i}.bmp") for i in range(each)]
+            jobs.append(dict(kind=f"mayo-{grade}", patient=2000 + int(p), place=place, masks=None,
+                             images=[part / folder / name for folder, name in names]))
+            frames[p] += names
     rest = np.setdiff1d(everyone, test)
     for fold in range(10):
         val = complete_draw(rest, grades, .10, rng)
         for name, chosen in (("train", np.setdiff1d(rest, val)), ("val", val)):
-            listed = {f"Mayo {g}": [f for p in chosen for c, f in frames[p] if c == f"Mayo {g}"] for g in range(4)}
+            listed = {f"Mayo {g}": [] for g in range(4)}
+            for folder, frame in (pair for p in chosen for pair in frames[p]):
+                listed[folder].append(frame)
             write_text(tree / f"cross_validation_folds_train_val_info/fold_{fold}/{name}.json", json.dumps(listed))
     return jobs
 
 
 def complete_draw(patients, grades, share, rng):
-    """A random share of the patients that together have every grade, drawn again until they do (as LIMUC's own script)."""
+    """A random share of the patients, drawn again until they have every grade (much as LIMUC's own script)."""
     while True:
         drawn = rng.permutation(patients)[:max(2, round(share * len(patients)))]
         if len(np.unique(grades[drawn])) == 4:
@@ -465,14 +488,14 @@ def complete_draw(patients, grades, share, rng):
 
 
 def video_jobs(root, videos, frames, rng):
-    """The jobs of the unlabelled videos under root, with their manifest.csv. A video shows several places of one patient."""
+    """The jobs of the unlabelled videos under root, whose manifest.csv it writes. A video shows places of one patient."""
     kinds, jobs, rows = [*LANDMARKS, *(f"mayo-{g}" for g in range(4)), "polyp", "colon"], [], ["path,video"]
     for v in range(videos):
         names = [f"video{v:04d}/{i:05d}.jpg" for i in range(frames)]
         rows += [f"{n},video{v:04d}" for n in names]
         for place, at in enumerate(range(0, frames, 10)):
-            jobs.append(dict(scope=1, kind=str(rng.choice(kinds)), patient=3000 + v, place=place, images=[root / n for n in names[at:at + 10]],
-                             masks=None, video=True))
+            jobs.append(dict(scope=1, video=True, kind=str(rng.choice(kinds)), patient=3000 + v, place=place,
+                             images=[root / name for name in names[at:at + 10]], masks=None))
     write_text(root / "manifest.csv", "\n".join(rows) + "\n")
     return jobs
 
@@ -489,7 +512,7 @@ def make(root, videos, frames, scale, size, seed, workers):
     jobs += labelled_jobs(root / "scope2", 2, scale / 4, generator(seed, "scope2"))
     jobs = [dict(job, seed=seed, size=size) for job in jobs]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one result whatever the number of cores
+    torch.set_num_threads(1)  # one result whatever the number of cores (DataLoader's workers have one thread as well)
     loader = torch.utils.data.DataLoader(jobs, batch_size=None, collate_fn=write_job, num_workers=workers)
     with tqdm(total=sum(len(job["images"]) for job in jobs), unit="frame", desc="synthetic frames") as bar:
         for written in loader:
@@ -517,50 +540,56 @@ def ensure(root="data/synthetic", videos=40, frames=20, scale=1.0, size=256, see
         making.mkdir()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         make(making, videos, frames, scale, size, seed, cores if workers is None else workers)
-        write_text(making / "made_by.json", json.dumps(dict(videos=videos, frames=frames, scale=scale, size=size, seed=seed)))
+        made_by = dict(videos=videos, frames=frames, scale=scale, size=size, seed=seed)
+        write_text(making / "made_by.json", json.dumps(made_by))
         making.rename(root)
     return root
 
 
-def sheet(root, path, size=100, columns=8):
-    """A contact sheet of the set under root: landmarks, Mayo grades, outlined polyps, one video, and the second scope."""
-    def spread(folder, n):  # n frames of different patients, the same at every call
-        files = sorted(folder.rglob("*.[jb][pm][gp]"))
+def sheet(root, path, size=118, columns=6):
+    """A contact sheet of the set under root: landmarks, Mayo grades, outlined polyps, one video, the second scope."""
+    def spread(folder, n):  # n frames, as many patients as there are, the same at every call
+        files = sorted(f for f in (root / folder).rglob("*.*") if f.suffix in (".jpg", ".bmp"))
         return [files[(2 * i + 1) * len(files) // (2 * n)] for i in range(n)]
-    trees, rows = [root, root / "scope2"], []
-    classes = [(name, f"hyper-kvasir/labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}") for name, (tract, _) in LANDMARKS.items()]
-    classes += [(f"Mayo {g}", f"LIMUC/train_and_validation_sets/Mayo {g}") for g in range(4)]
-    for (a, left), (b, right) in zip(classes[::2], classes[1::2]):
-        rows.append(([a, b], spread(root / left, columns // 2) + spread(root / right, columns // 2)))
-    rows.append((["polyps, outlined"], spread(root / "Kvasir-SEG/images", columns)))
-    video = sorted((root / "unlabelled/video0000").glob("*.jpg"))[:10]
-    rows.append((["a video, every frame"], video[:columns]))
-    rows.append((["the second scope"], [spread(trees[1] / folder, 1)[0] for _, folder in classes][:columns]))
-    page = Image.new("RGB", (columns * size, len(rows) * (size + 14)), "white")
+    places = {name: f"hyper-kvasir/labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}"
+              for name, (tract, _) in LANDMARKS.items()}
+    places |= {f"Mayo {g}": f"LIMUC/train_and_validation_sets/Mayo {g}" for g in range(4)}
+    cells = [(name, f) for name, folder in places.items() for f in spread(folder, columns // 2)]
+    cells += [("polyps, outlined", f) for f in spread("Kvasir-SEG/images", columns)]
+    cells += [("a video", f) for f in spread("unlabelled/video0000", columns)]
+    cells += [(f"second scope, {name}", spread(f"scope2/{places[name]}", 1)[0]) for name in list(LANDMARKS)[:columns]]
+    rows, high = -(-len(cells) // columns), size + 14
+    page = Image.new("RGB", (columns * size, rows * high), "white")
     draw = ImageDraw.Draw(page)
-    for r, (captions, files) in enumerate(rows):
-        for i, caption in enumerate(captions):
-            draw.text((i * columns // len(captions) * size + 2, r * (size + 14) + 1), caption, fill="black")
-        for i, file in enumerate(files):
-            frame = Image.open(file).convert("RGB")
-            if "Kvasir-SEG" in file.parts:
-                mask = Image.open(file.parents[1] / "masks" / file.name).convert("L").point(lambda v: 255 * (v > 127))
-                frame.paste("white", mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
-            page.paste(frame.resize((size, size), Image.LANCZOS), (i * size, r * (size + 14) + 14))
-    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    for i, (caption, file) in enumerate(cells):
+        x, y = i % columns * size, i // columns * high
+        if x == 0 or cells[i - 1][0] != caption:
+            draw.text((x + 2, y + 1), caption, fill="black")
+        frame = Image.open(file).convert("RGB")
+        if "Kvasir-SEG" in file.parts:
+            mask = Image.open(file.parents[1] / "masks" / file.name).convert("L").point(lambda v: 255 * (v > 127))
+            frame.paste("white", mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
+        page.paste(frame.resize((size, size), Image.LANCZOS), (x, y + 14))
+    page.quantize(80, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", default="data/synthetic", help="folder to make")
-    parser.add_argument("--videos", type=int, default=40, help="unlabelled videos")
-    parser.add_argument("--frames-per-video", type=int, default=20, help="frames of each")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of labelled patients")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", nargs="?", default="data/synthetic", help="folder to make (default: %(default)s)")
+    parser.add_argument("--videos", type=int, default=40, help="unlabelled videos (default: %(default)s)")
+    parser.add_argument("--frames-per-video", type=int, default=20, help="frames of each (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="multiplies the number of labelled patients (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (default: %(default)s)")
     parser.add_argument("--sheet", help="also write a contact sheet of the set to this PNG")
     args = parser.parse_args(argv)
-    root = ensure(args.out, args.videos, args.frames_per_video, args.scale, args.size, args.seed)
+    if args.size < 32 or args.size % 8 or min(args.videos, args.frames_per_video) < 1 or args.scale <= 0:
+        parser.error("--size must be a multiple of 8 from 32 up, --videos, --frames-per-video and --scale positive")
+    asked = dict(videos=args.videos, frames=args.frames_per_video, scale=args.scale, size=args.size, seed=args.seed)
+    root = ensure(args.out, **asked)
+    if json.loads((root / "made_by.json").read_text()) != asked:
+        raise SystemExit(f"{root} holds a set made with other flags ({root / 'made_by.json'}): name another folder")
     if args.sheet:
         sheet(root, args.sheet)
 

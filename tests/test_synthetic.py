@@ -27,7 +27,8 @@ def tiny(tmp_path_factory):
 
 def stills(kind, patient, place, n=2, size=64):
     """n frames (n, size, size, 3) of one patient at one place."""
-    job = dict(seed=5, scope=1, kind=kind, patient=patient, place=place, images=[None] * n, masks=None, video=False, size=size)
+    job = dict(seed=5, scope=1, kind=kind, patient=patient, place=place, images=[None] * n, masks=None, video=False,
+               size=size)
     return np.stack([image for image, _ in synthetic.frames_of(job)])
 
 
@@ -137,9 +138,11 @@ def test_polyps_of_all_sizes(tiny):
 
 def test_frames_of_a_video_are_near_duplicates_and_videos_are_not():
     def strip(kind, patient):
-        job = dict(seed=0, scope=1, kind=kind, patient=patient, place=0, images=[None] * 4, masks=None, video=True, size=64)
+        job = dict(seed=0, scope=1, kind=kind, patient=patient, place=0, images=[None] * 4, masks=None, video=True,
+                   size=64)
         return [image.astype(np.float32) for image, _ in synthetic.frames_of(job)]
-    strips = [strip(kind, patient) for patient, kind in enumerate(("colon", "cecum", "mayo-1", "pylorus", "polyp", "colon"))]
+    kinds = ("colon", "cecum", "mayo-1", "pylorus", "polyp", "colon")
+    strips = [strip(kind, patient) for patient, kind in enumerate(kinds)]
     within = [np.abs(a - b).mean() for s in strips for a, b in zip(s, s[1:])]
     across = [np.abs(a[0] - b[0]).mean() for i, a in enumerate(strips) for b in strips[:i]]
     assert np.median(within) < .4 * np.median(across)
@@ -159,7 +162,8 @@ def test_the_second_scope_sees_the_same_scene_otherwise():
     rng = synthetic.generator(8)
     s, [view] = synthetic.scene_views(job, rng)
     maps, look = synthetic.skin(rng, 96), synthetic.appearance(rng)
-    one, two = (synthetic.render(s, look, maps, *view, synthetic.generator(0), 64, scope)[0].astype(int) for scope in (1, 2))
+    one, two = (synthetic.render(s, look, maps, *view, synthetic.generator(0), 64, scope)[0].astype(int)
+                for scope in (1, 2))
     assert (one[0, 0] == 0).all() and (two[0, 0] == 0).all()  # both frames are black in the corners
     seen = (one.max(2) > 0) & (two.max(2) > 0)
     warm = [np.mean(i[seen][:, 0]) / np.mean(i[seen][:, 2]) for i in (one, two)]
@@ -191,7 +195,8 @@ def test_hyper_kvasir(tiny, scope):
     for class_name in {row[1] for row in rows}:
         order = [row[2] for row in rows if row[1] == class_name]
         assert order == sorted(order) and set(order) == set("01234")  # contiguous blocks
-    assert {f.parent.name for f in files.values()} == {*synthetic.LANDMARKS, *(f"ulcerative-colitis-grade-{g}" for g in (1, 2, 3))}
+    grades = (f"ulcerative-colitis-grade-{g}" for g in (1, 2, 3))
+    assert {f.parent.name for f in files.values()} == {*synthetic.LANDMARKS, *grades}
 
 
 @pytest.mark.parametrize("scope", (".", "scope2"))
@@ -207,11 +212,13 @@ def test_kvasir_seg(tiny, scope):
 @pytest.mark.parametrize("scope", (".", "scope2"))
 def test_limuc(tiny, scope):
     tree = tiny / scope / "LIMUC"
-    parts = {part: {(f.parent.name, f.name) for f in (tree / part).glob("*/*.bmp")} for part in ("train_and_validation_sets", "test_set")}
+    parts = {part: {(f.parent.name, f.name) for f in (tree / part).glob("*/*.bmp")}
+             for part in ("train_and_validation_sets", "test_set")}
     patients = {part: {name.rsplit("_", 1)[0] for _, name in files} for part, files in parts.items()}
     assert not patients["test_set"] & patients["train_and_validation_sets"]
     for k in range(10):
-        lists = [json.loads((tree / f"cross_validation_folds_train_val_info/fold_{k}/{name}.json").read_text()) for name in ("train", "val")]
+        folder = tree / f"cross_validation_folds_train_val_info/fold_{k}"
+        lists = [json.loads((folder / f"{name}.json").read_text()) for name in ("train", "val")]
         train, val = ({(grade, name) for grade, names in listed.items() for name in names} for listed in lists)
         assert train | val == parts["train_and_validation_sets"] and not train & val
         assert not {n.rsplit("_", 1)[0] for _, n in train} & {n.rsplit("_", 1)[0] for _, n in val}
@@ -241,7 +248,8 @@ def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(tiny, tmp
 def test_a_process_that_is_killed_leaves_no_half_set(tmp_path):
     root = tmp_path / "set"
     code = f"import synthetic; synthetic.ensure({str(root)!r}, videos=50, frames=50, scale=1, size=32, workers=1)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
     making = tmp_path / ".set.making"
     for _ in range(600):
         if any(making.rglob("*.jpg")):
@@ -258,6 +266,8 @@ def test_a_process_that_is_killed_leaves_no_half_set(tmp_path):
 def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "make", lambda *_: pytest.fail("made twice"))
     assert synthetic.ensure(tiny, videos=9) == tiny
+    with pytest.raises(SystemExit, match="made with other flags"):
+        synthetic.main([str(tiny), "--videos", "9"])
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=str(tmp_path)):
         synthetic.ensure(tmp_path)
@@ -265,4 +275,4 @@ def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkey
 
 def test_contact_sheet(tiny, tmp_path):
     synthetic.sheet(tiny, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] == 800
+    assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 118

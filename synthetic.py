@@ -102,7 +102,7 @@ def anatomy(kind, rng):
         sway=u(.15, .5), sway_at=(phase(), phase()), oval=u(0, .15), oval_at=phase(), end=None, corner=.3,  # the tube
         fold=u(.12, .3), spacing=u(.9, 1.7), fold_at=phase(), teniae=phase(), tilt=spread(.2),
         rugae=0, spokes=None, hole=None, shaft=None, polyp=None, line=None,
-        tone=(rng.normal(0, .2), rng.normal(0, .12)), mucus=u(-1, 1), mottle=u(0, .4), vessels=u(.6, 1), red=u(0, .4),
+        tone=(rng.normal(0, .2), rng.normal(0, .12)), mucus=u(-1, 1), mottle=u(0, .45), vessels=u(.6, 1), red=u(0, .4),
         granular=u(0, .2), villi=0., petechiae=0., erosions=0., ulcers=0., blood=0.,  # the mucosa
         start=u(0, 20), ahead=(1.2, 4.), aside=.7, speed=u(.015, .04))  # the camera
     if kind in LANDMARKS and kind != "ileum":  # these end within sight
@@ -321,11 +321,11 @@ def mucosa(s, look, maps, t, p, on_polyp):
     tree, low, mid, small, fine = F.grid_sample(maps[None], uv[None], align_corners=False)[0]
     on_polyp, near = on_polyp.float(), (1.6 - .35 * t).clamp(0, 1)  # detail is lost with distance
 
-    ulcer = step(low + .45 * mid + .2 * small, 2.3 - .9 * s.ulcers, .25) * bool(s.ulcers)
+    ulcer = step(low + .45 * mid + .2 * small, 2.35 - .8 * s.ulcers, .25) * bool(s.ulcers)
     erosion = step(small + .4 * low, 2.6 - .6 * s.erosions, .4) * bool(s.erosions)
     petechia = step(fine + .5 * low, 2.9 - .9 * s.petechiae, .6) * bool(s.petechiae)
     blood = step(mid - .8 * low + .2 * small, 3.1 - .9 * s.blood, .3) * bool(s.blood)
-    mucus = .8 * step(mid + .6 * low + .2 * small, 2.4 - .7 * (look.mucus + s.mucus), .6)
+    mucus = .8 * step(mid + .6 * low + .2 * small, 2.4 - .65 * (look.mucus + s.mucus), .6)
     pale = torch.zeros_like(t)
     if s.line:
         side, at, tongue, phase, contrast = s.line
@@ -340,7 +340,7 @@ def mucosa(s, look, maps, t, p, on_polyp):
         blush = blush + on_polyp * s.polyp.red
         bumps = bumps + on_polyp * s.polyp.pits * (.006 * small + .005 * fine)
     vessel = tree * s.vessels * near * (1 - pale) * (1 - .6 * on_polyp)
-    absorbed = .9 * vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
+    absorbed = vessel + .75 * blush - pale + .07 * low + .05 * mid + .06 * s.villi * fine
     base = torch.tensor(look.log_base) - torch.tensor([0., s.tone[0], s.tone[0] + s.tone[1]])
     base = torch.minimum(base, torch.tensor([0., -.5, -.55]))  # no mucosa is grey
     albedo = (base.view(3, 1, 1) * (1 + .15 * t.clamp(max=4))  # light that bounces again reddens
@@ -362,7 +362,7 @@ def render(s, look, maps, origin, turn, rng, size=256, scope=1):
     energy = energy * 2. * look.exposure / (energy.clamp(max=4) * shown).mean()
     for _ in range(5):
         lobe = lobe * lobe  # to the 32nd power
-    shine = lobe * look.gloss * step(sparkle, 1.7, .8) * (1 - .7 * on_shaft)
+    shine = lobe * look.gloss * step(sparkle, 1.9, .8) * (1 - .7 * on_shaft)
     gain = torch.tensor([a * b for a, b in zip(look.gain, o["gain"])]).view(3, 1, 1)
     image = (1 - (-(albedo + 2.5 * shine) * energy * gain).exp()) * vignette
     for _ in range(o["blur"]):
@@ -488,7 +488,7 @@ def complete_draw(patients, grades, share, rng):
 
 
 def video_jobs(root, videos, frames, rng):
-    """The jobs of the unlabelled videos under root, whose manifest.csv it writes. A video shows places of one patient."""
+    """The jobs of the unlabelled videos under root, whose manifest.csv it writes. A video is one patient."""
     kinds, jobs, rows = [*LANDMARKS, *(f"mayo-{g}" for g in range(4)), "polyp", "colon"], [], ["path,video"]
     for v in range(videos):
         names = [f"video{v:04d}/{i:05d}.jpg" for i in range(frames)]
@@ -546,7 +546,7 @@ def ensure(root="data/synthetic", videos=40, frames=20, scale=1.0, size=256, see
     return root
 
 
-def sheet(root, path, size=118, columns=6):
+def sheet(root, path, size=112, columns=6):
     """A contact sheet of the set under root: landmarks, Mayo grades, outlined polyps, one video, the second scope."""
     def spread(folder, n):  # n frames, as many patients as there are, the same at every call
         files = sorted(f for f in (root / folder).rglob("*.*") if f.suffix in (".jpg", ".bmp"))
@@ -557,7 +557,7 @@ def sheet(root, path, size=118, columns=6):
     cells = [(name, f) for name, folder in places.items() for f in spread(folder, columns // 2)]
     cells += [("polyps, outlined", f) for f in spread("Kvasir-SEG/images", columns)]
     cells += [("a video", f) for f in spread("unlabelled/video0000", columns)]
-    cells += [(f"second scope, {name}", spread(f"scope2/{places[name]}", 1)[0]) for name in list(LANDMARKS)[:columns]]
+    cells += [("the second scope, landmarks as above", spread(f"scope2/{places[name]}", 1)[0]) for name in list(LANDMARKS)[:columns]]
     rows, high = -(-len(cells) // columns), size + 14
     page = Image.new("RGB", (columns * size, rows * high), "white")
     draw = ImageDraw.Draw(page)
@@ -570,7 +570,7 @@ def sheet(root, path, size=118, columns=6):
             mask = Image.open(file.parents[1] / "masks" / file.name).convert("L").point(lambda v: 255 * (v > 127))
             frame.paste("white", mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
         page.paste(frame.resize((size, size), Image.LANCZOS), (x, y + 14))
-    page.quantize(80, dither=Image.Dither.NONE).save(path, optimize=True)
+    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main(argv=None):

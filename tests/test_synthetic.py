@@ -275,4 +275,4 @@ def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkey
 
 def test_contact_sheet(tiny, tmp_path):
     synthetic.sheet(tiny, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 118
+    assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 112

@@ -697,7 +697,7 @@ def run(args, device, rank, world, stop):
         ending = done == args.steps or not everywhere(torch.tensor(not stop, device=device))
         if args.probe_every and (done % args.probe_every == 0 or done == args.steps):
             metrics, progress["best"] = probe(model, args, labelled, done, progress["best"], device, rank)
-            log.write({"step": step, **{f"probe_{k}": v for k, v in metrics.items()}})
+            log.write({"step": step, "probe": metrics})
         if done == args.steps or args.export_every and done % args.export_every == 0:
             save_teacher(out / f"teacher_{done}.pt", model, args, done, rank)
         if ending or done % args.save_every == 0:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import pretrain  # noqa: E402
 import vit  # noqa: E402
 
-vit.ARCHS["tiny"] = dict(dim=32, depth=2, heads=2)
+TINY = dict(dim=32, depth=2, heads=2)  # named in vit.ARCHS while pretrain's tests run, and in the worker's own process
 
 
 def keep_every(atomic_save):
@@ -25,6 +25,7 @@ def keep_every(atomic_save):
 
 
 if __name__ == "__main__":
+    vit.ARCHS["tiny"] = TINY
     vit.atomic_save = keep_every(vit.atomic_save)
     for argv in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 29400)) + 1)

@@ -21,9 +21,17 @@ import vit
 
 WORKER = str(pathlib.Path(__file__).parent / "pretrain_worker.py")
 sys.path.insert(0, str(pathlib.Path(WORKER).parent))
-import pretrain_worker  # noqa: E402, F401  # names the tiny architecture
+import pretrain_worker  # noqa: E402
 
 META = json.loads((REFERENCE / "meta.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_architecture():
+    """--arch tiny, for these tests alone: other files' tests go through every architecture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vit.ARCHS, "tiny", pretrain_worker.TINY)
+        yield
 
 
 # --- against DINOv2's own numbers -------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ centring has bias = -center / temp, and Sinkhorn-Knopp ends by making rows sum t
 elsewhere. ENDODINO_PROTOTYPE_LOSS=torch switches the kernels off.
 """
 import functools
-import importlib.util
 import os
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from custom_kernels import in_process_group, interpreted, say_once, why_no_triton_on
 
 
 class Targets(NamedTuple):
@@ -100,31 +101,11 @@ def triton_chosen(device, dtype, impl):
 
 
 @functools.cache
-def say_once(line):
-    if not in_process_group() or dist.get_rank() == 0:
-        print(line)
-
-
-@functools.cache
 def why_not_triton(device, dtype):
     """None where the kernels run, else the reason in words."""
     if dtype not in (torch.float32, torch.float16):
         return f"the logits are {dtype}, not float32 or float16"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu":
-        return None if interpreted() else "the logits are on the CPU (TRITON_INTERPRET=1 would run the kernels there)"
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{device} is not an NVIDIA GPU of compute capability 8.0 or newer"
-    return None
-
-
-def interpreted():
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def in_process_group():
-    return dist.is_available() and dist.is_initialized()
+    return why_no_triton_on(device)
 
 
 def wide(x):

@@ -605,12 +605,12 @@ def load_hyper_kvasir(root, kind, names, title):
     unlisted = [path for path, _ in labelled if stem(path) not in fold]
     if unlisted:
         raise ValueError(f"{split_file}: {len(unlisted)} frames on disk are not listed, such as {unlisted[0]}")
-    group = near_duplicates(root)
-    groups = [group.get(stem(path), stem(path)) for path, _ in labelled]
-    graded = {}
-    for g, (_, label) in zip(groups, labelled):
-        graded.setdefault(g, set()).add(label)
-    keep = [i for i, g in enumerate(groups) if len(graded[g]) == 1]  # one frame under two labels says nothing: drop it
+    group, graded = near_duplicates(root), {}
+    for path, label in labelled:
+        graded.setdefault(group.get(stem(path), path), set()).add(label)
+    groups = [group.get(stem(path), patient(path)) for path, _ in labelled]
+    # one frame under two labels says nothing: drop it
+    keep = [i for i, (path, _) in enumerate(labelled) if len(graded[group.get(stem(path), path)]) == 1]
     paths, labels, groups = [labelled[i][0] for i in keep], np.array([labelled[i][1] for i in keep]), [groups[i] for i in keep]
     first = {}
     folds = [first.setdefault(g, fold[stem(path)]) for g, path in zip(groups, paths)]  # a group goes where its first frame is
@@ -668,8 +668,9 @@ def load_limuc_by_patient(root, classes):
 
 
 def patient(path):
-    """LIMUC's UC_patient_<id>_<n>.bmp -> id."""
-    return stem(path).removeprefix("UC_patient_").rsplit("_", 1)[0]
+    """The id in LIMUC's UC_patient_<id>_<n>.bmp or synthetic.py's patient<id>_<n>.jpg; of any other name the stem: nothing is known."""
+    name = stem(path)
+    return name.removeprefix("UC_").removeprefix("patient").removeprefix("_").rsplit("_", 1)[0] if "patient" in name else name
 
 
 def read_fold(path, index):
@@ -696,15 +697,17 @@ def load_kvasir_seg(root):
         if missing:
             raise FileNotFoundError(f"{file}: {len(missing)} listed frames are missing from {root / 'images'}, such as {missing[0]}")
         parts.append(np.array([index[stem(name)] for name in names]))
-    train, val = hold_out(parts[0])
-    return Labelled("Kvasir-SEG, official 880/120", paths, None, ("polyp",), [stem(p) for p in paths], masks, [Split(train, val, parts[1])])
+    groups = [patient(p) for p in paths]
+    train, val = hold_out(parts[0], groups)
+    return Labelled("Kvasir-SEG, official 880/120", paths, None, ("polyp",), groups, masks, [Split(train, val, parts[1])])
 
 
-def hold_out(indices, seed=0):
-    """(rest, tenth) of the indices, seeded."""
-    order = np.random.default_rng(seed).permutation(indices)
-    n = max(1, len(order) // 10)
-    return np.sort(order[n:]), np.sort(order[:n])
+def hold_out(indices, groups, seed=0):
+    """(rest, a tenth of the groups) of the indices, seeded; groups: the patient or video of every frame."""
+    groups = np.asarray(groups)[indices]
+    order = np.random.default_rng(seed).permutation(np.unique(groups))
+    held = np.isin(groups, order[:max(1, len(order) // 10)])
+    return np.sort(indices[~held]), np.sort(indices[held])
 
 
 def paired(root, images="images", masks="masks"):
@@ -730,9 +733,9 @@ def load_pranet(root, test="Kvasir"):
         raise FileNotFoundError(f"{root}: expected PraNet's TrainDataset and TestDataset/{test}, found {found_in(root)}")
     (paths, masks), (test_paths, test_masks) = (paired(s, "images" if (s / "images").is_dir() else "image",
                                                        "masks" if (s / "masks").is_dir() else "mask") for s in sets)
-    train, val = hold_out(np.arange(len(paths)))
+    train, val = hold_out(np.arange(len(paths)), [patient(p) for p in paths])
     split = Split(train, val, np.arange(len(paths), len(paths) + len(test_paths)))
-    groups = [f"train/{stem(p)}" for p in paths] + [f"{test}/{stem(p)}" for p in test_paths]
+    groups = [f"train/{patient(p)}" for p in paths] + [f"{test}/{patient(p)}" for p in test_paths]
     return Labelled(f"PraNet's split, test {test}", paths + test_paths, None, ("polyp",), groups, masks + test_masks, [split])
 
 
@@ -763,6 +766,11 @@ def open_labelled(root, task):
         if any(within(root, *folders).glob(sign)):
             return load(root)
     expected = "; ".join(f"{folders[0]}/{sign}" for folders, sign, _ in layouts[task])
+    if task == "landmarks":  # or class folders, if they are not those of another layout (images and masks, say)
+        if not any(any(within(root, *folders).glob(sign)) for rows in layouts.values() for folders, sign, _ in rows):
+            with contextlib.suppress(FileNotFoundError):
+                return load_folders(root)
+        expected += "; <class>/<image>; <class>/<patient>/<image>"
     raise FileNotFoundError(f"{root}: expected one of the layouts {expected} for {task}, found {found_in(root)}")
 
 

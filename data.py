@@ -19,6 +19,7 @@ the drawn parameters of the second half, "masks" (2B,N) bool, "index" (B,) numbe
 All randomness is a function of (seed, epoch, frame, crop) or, for masks, (seed, step, row of the batch of all processes).
 """
 import argparse
+import array
 import contextlib
 import csv
 import functools
@@ -93,7 +94,8 @@ def eval_image(path, size=224):
 
 
 class Frames:
-    """Index of unlabelled frames in sorted order. A path costs its bytes + 8, so millions fit.
+    """Index of unlabelled frames: a folder's in sorted order, a manifest's in its own. A frame costs the bytes of its path + 12,
+    so millions fit.
 
     root: a folder (every sub-folder is a video), or a manifest (csv with columns path, video, ...; paths relative to it).
     only: file of paths, names or stems, one a line; every line must match exactly one frame.
@@ -102,26 +104,22 @@ class Frames:
     def __init__(self, root, only=None):
         self.root = Path(root)
         manifest = self.root if self.root.suffix == ".csv" else self.root / "manifest.csv"
-        names, self.videos = None, None
         if manifest.is_file():
             self.root = manifest.parent
-            rows = read_csv(manifest, ("path",))
-            names = [row["path"] for row in rows]
-            if rows and "video" in rows[0]:
-                self.videos = [row["video"] for row in rows]
+            entries = ((row["path"], row.get("video")) for row in read_csv(manifest, ("path",)))
         elif self.root.is_dir():
-            names = list(scan(str(self.root)))
+            entries = ((path, None) for path in scan(str(self.root)))
         else:
             raise FileNotFoundError(f"{root}: no such folder or manifest of frames")
-        if only:
-            keep = matching(names, only, self.root)
-            names = [names[i] for i in keep]
-            self.videos = self.videos and [self.videos[i] for i in keep]
-        if not names:
+        blob, ends, number, of = bytearray(), array.array("q"), {}, array.array("i")  # never a million Python strings at once
+        for path, video in matching(entries, only, self.root) if only else entries:
+            blob += os.fsencode(path)
+            ends.append(len(blob))
+            of.append(number.setdefault(video or os.path.dirname(path), len(number)))
+        if not ends:
             raise FileNotFoundError(f"{root}: no images here ({', '.join(SUFFIXES)})")
-        encoded = [os.fsencode(name) for name in names]
-        self.blob = b"".join(encoded)
-        self.ends = np.cumsum([len(name) for name in encoded])
+        self.blob, self.ends = bytes(blob), np.frombuffer(ends, np.int64)
+        self.videos, self.video_of = list(number), np.frombuffer(of, np.int32)
 
     def __len__(self):
         return len(self.ends)
@@ -133,7 +131,7 @@ class Frames:
         return os.path.join(self.root, self.name(i))
 
     def video(self, i):
-        return self.videos[i] if self.videos else os.path.dirname(self.name(i))
+        return self.videos[self.video_of[i]]
 
 
 def scan(root, below=""):
@@ -150,21 +148,20 @@ def scan(root, below=""):
         yield from scan(root, os.path.join(below, name))
 
 
-def matching(names, only, root):
-    """Numbers of the names that the lines of the file `only` name."""
-    wanted = set(read_lines(only))
-    found, keep = {}, []
-    for i, name in enumerate(names):
-        base = os.path.basename(name)
-        for key in {name, base, os.path.splitext(base)[0], os.path.splitext(name)[0], os.path.join(root, name)} & wanted:
-            if key in found:
-                raise ValueError(f"{only}: {key!r} means both {found[key]} and {name}: give the path")
-            found[key] = name
-            keep.append(i)
-    missing = sorted(wanted - set(found))
+def matching(entries, only, root):
+    """Those (path, video) of the entries that the lines of the file `only` name; raises after the last one if a line names none."""
+    wanted, found = set(read_lines(only)), {}
+    for path, video in entries:
+        base = os.path.basename(path)
+        named = {path, base, os.path.splitext(base)[0], os.path.splitext(path)[0], os.path.join(root, path)} & wanted
+        for line in named & found.keys():
+            raise ValueError(f"{only}: {line!r} means both {found[line]} and {path}: give the path")
+        found |= dict.fromkeys(named, path)
+        if named:
+            yield path, video
+    missing = sorted(wanted - found.keys())
     if missing:
         raise FileNotFoundError(f"{only}: {len(missing)} lines name no frame under {root}, such as {missing[0]!r}")
-    return sorted(set(keep))
 
 
 def read_lines(path):
@@ -172,12 +169,13 @@ def read_lines(path):
 
 
 def read_csv(path, columns, delimiter=","):
+    """Yield the rows as dicts; raises if one of the columns is not there."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter=delimiter))
-    missing = [c for c in columns if not rows or c not in rows[0]]
-    if missing:
-        raise ValueError(f"{path}: no rows with the column(s) {', '.join(missing)}")
-    return rows
+        rows = csv.DictReader(file, delimiter=delimiter)
+        missing = [c for c in columns if c not in (rows.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}: no column {', '.join(missing)}; the first line names {rows.fieldnames or 'nothing'}")
+        yield from rows
 
 
 # ------------------------------------------------------------------------------------------- multi-crop: the workers' half
@@ -274,19 +272,24 @@ class MultiCrop(torch.utils.data.Dataset):
 
     def crops(self, frame, rng):
         """List of (3, S, S) uint8 crops of a frame, and (V, 11) parameters of their second half."""
-        u = rng.random((len(self.sizes), 4 * TRIES + 14))
         with opened(self.frames.path(frame)) as image:
-            boxes = [crop_box(row[:4 * TRIES], *image.size, scale) for row, scale in zip(u, self.scales)]
+            boxes, flips, colour = self.draw(rng, *image.size)
             room = min(min(h, w) / size for (_, _, h, w), size in zip(boxes, self.sizes))
             factor = 1 if self.exact_decode else shrink(room)
             pixels = np.array(decode(image, factor))
         pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last as the fast resize wants them
         crops = []
-        for box, size, flip in zip(boxes, self.sizes, u[:, 4 * TRIES] < 0.5):
+        for box, size, flip in zip(boxes, self.sizes, flips):
             top, left, h, w = (round(x / factor) for x in box)
             crop = F.interpolate(pixels[:, :, top:top + h, left:left + w], (size, size), mode="bicubic", antialias=True)[0]
             crops.append(crop.flip(-1) if flip else crop)
-        return crops, self.colour(u[:, 4 * TRIES + 1:])
+        return crops, colour
+
+    def draw(self, rng, width, height):
+        """Boxes [(top, left, h, w)], flips (V,) bool and colour parameters (V, 11) of the crops of a frame of this size."""
+        u = rng.random((len(self.sizes), 4 * TRIES + 14))
+        boxes = [crop_box(row[:4 * TRIES], width, height, scale) for row, scale in zip(u, self.scales)]
+        return boxes, u[:, 4 * TRIES] < 0.5, self.colour(u[:, 4 * TRIES + 1:])
 
 
 class EpochSampler:
@@ -350,8 +353,9 @@ class BlockMasks:
 def add_block(mask, left, rng):
     """Mask one block that adds 1 to `left` patches, in 10 tries; returns how many it added (0: none fitted)."""
     height, width = mask.shape
+    left = min(left, height // 2 * width)
     for a, b, c, d in rng.random((10, 4)).tolist():
-        area = 4 + (min(left, height // 2 * width) - 4) * a  # from 4 down where fewer are left, as in DINOv2
+        area = 4 + (left - 4) * a  # from 4 down where fewer are left, as in DINOv2
         aspect = math.exp(math.log(0.3) * (1 - 2 * b))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h >= height or w >= width:
@@ -618,13 +622,16 @@ def load_hyper_kvasir(root, kind, names, title):
     return Labelled(title, paths, labels, classes, groups, None, fold_splits(folds))
 
 
-# HyperKvasir has no patient ids. These pairs of UC frames are the same picture; the first two stand under two grades.
-UC_DUPLICATES = ()
+# HyperKvasir has no patient ids, but these pairs of frames are one picture; the first two pairs stand under grades 1 and 2.
+UC_DUPLICATES = (("a773a269-2c3b-4e0f-b08b-6f38be28f459", "3310f409-edcd-4e42-91a2-7ed7f4f1f819"),
+                 ("d9500395-1afa-4b21-9f93-92fa4c205052", "ba2d6327-80f2-4ba1-afb5-f432a0e56aa5"),
+                 ("42c02f16-5a04-4aa6-b8d4-f28495ffd82c", "5ab39c90-07e9-4598-afa6-adec0e9c23dc"),
+                 ("946cd5e6-1f6a-4188-9534-ee725f754106", "b0a65ced-68d6-4362-b3b7-4ca36fb93e53"))
 
 
 def near_duplicates(root):
-    """{stem: group} of HyperKvasir's known near-duplicates: from index.csv (file, near_dup_group) if there."""
-    groups = {s: f"near-duplicate {i}" for i, pair in enumerate(UC_DUPLICATES) for s in pair}
+    """{stem: group} of near-duplicates: the pairs above, and those of an index.csv (file, near_dup_group) in root if there is one."""
+    groups = {s: pair[0] for pair in UC_DUPLICATES for s in pair}
     if (root / "index.csv").is_file():
         rows = read_csv(root / "index.csv", ("file", "near_dup_group"))
         groups |= {stem(row["file"]): f"near-duplicate {row['near_dup_group']}" for row in rows if row["near_dup_group"]}
@@ -699,7 +706,7 @@ def load_kvasir_seg(root):
         parts.append(np.array([index[stem(name)] for name in names]))
     groups = [patient(p) for p in paths]
     train, val = hold_out(parts[0], groups)
-    return Labelled("Kvasir-SEG, official 880/120", paths, None, ("polyp",), groups, masks, [Split(train, val, parts[1])])
+    return Labelled(f"Kvasir-SEG, official {len(parts[0])}/{len(parts[1])}", paths, None, ("polyp",), groups, masks, [Split(train, val, parts[1])])
 
 
 def hold_out(indices, groups, seed=0):

@@ -312,15 +312,14 @@ def dkdv_block(k, v, q_ptr, o_ptr, do_ptr, lse_ptr, rows, n, stride_t, stride_o,
 
 @triton.jit
 def dkdv_cols(q_ptr, stride_3, stride_t, o_ptr, do_ptr, stride_o, lse_ptr, dk_ptr, start, n,
-              BN: tl.constexpr, MASKED: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr):
+              BN: tl.constexpr, MASKED: tl.constexpr, TAIL: tl.constexpr):
     cols = start + tl.arange(0, BN)
     k = load(q_ptr + stride_3, cols, n, stride_t, MASKED)
     v = load(q_ptr + stride_3 + stride_3, cols, n, stride_t, MASKED)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
-    if FULL:
-        for i in range(0, n // 32 * 32, 32):  # 64 queries at a time would spill
-            dk, dv = dkdv_block(k, v, q_ptr, o_ptr, do_ptr, lse_ptr, i + tl.arange(0, 32), n, stride_t, stride_o, dk, dv, False)
+    for i in range(0, n // 32 * 32, 32):  # 64 queries at a time would spill
+        dk, dv = dkdv_block(k, v, q_ptr, o_ptr, do_ptr, lse_ptr, i + tl.arange(0, 32), n, stride_t, stride_o, dk, dv, False)
     if n % 32 > 0:
         rows = n // 32 * 32 + tl.arange(0, 16 if TAIL == 16 else 32)
         dk, dv = dkdv_block(k, v, q_ptr, o_ptr, do_ptr, lse_ptr, rows, n, stride_t, stride_o, dk, dv, True)
@@ -340,9 +339,9 @@ def bwd_dkdv(qkv, out, dout, lse, dqkv, first, n, spans, T, H, stride_t, stride_
     dk_ptr = dqkv + (t0 * 3 * H + H + h) * D
     start = tl.program_id(1) * 64
     if FULL and start + 64 <= n:
-        dkdv_cols(q_ptr, stride_3, stride_t, o_ptr, do_ptr, H * D, lse_ptr, dk_ptr, start, n, 64, False, FULL, TAIL)
+        dkdv_cols(q_ptr, stride_3, stride_t, o_ptr, do_ptr, H * D, lse_ptr, dk_ptr, start, n, 64, False, TAIL)
     elif start < n:
-        dkdv_cols(q_ptr, stride_3, stride_t, o_ptr, do_ptr, H * D, lse_ptr, dk_ptr, start, n, TAIL, True, FULL, TAIL)
+        dkdv_cols(q_ptr, stride_3, stride_t, o_ptr, do_ptr, H * D, lse_ptr, dk_ptr, start, n, TAIL, True, TAIL)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -376,7 +375,7 @@ def launches(runs, device):
     first, uniform, short, long = 0, [], [], []
     for count, length in runs:
         uniform.append((count, length, first, None))
-        (short if length <= 64 else long).extend((first + i * length, length) for i in range(count))
+        (short if length <= 64 else long).extend((first + i * length, length) for i in range(count if length else 0))
         first += count * length
     if len(runs) > MANY:
         return [(len(kind), max(n for _, n in kind), 0, torch.tensor(kind, dtype=torch.int32, device=device)) for kind in (short, long) if kind]

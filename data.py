@@ -1,6 +1,7 @@
 """Frames: where they lie, how they are labelled and split, and the multi-crop batches that pre-training eats.
 
     python data.py --data FRAMES --show sheet.png        the crops and masks of one frame, as the network sees them
+    python data.py --show sheet.png                      the same of a synthetic frame (the set is made on first use)
 
 Pre-training. Half of the multi-crop runs on the loader's workers (decode, crop, flip, to uint8), half on the training device
 (colour, blur, solarize, normalise), batched:
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
@@ -246,7 +247,7 @@ class MultiCrop(torch.utils.data.Dataset):
                   for views, size in ((2, self.sizes[0]), (len(self.sizes) - 2, self.sizes[-1]))]
         if shared:
             pixels = [p.share_memory_() for p in pixels]  # the batch then crosses to the training process without a copy
-        places = [view for p in pixels for view in p.split(n)]  # V x (B, 3, S, S)
+        places = [view for p in pixels if len(p) for view in p.split(n)]  # V x (B, 3, S, S)
         colour = np.empty((len(places), n, 11), np.float32)
         index, bad = [], []
         for b, (_, _, epoch, frame) in enumerate(keys):
@@ -439,9 +440,9 @@ def photometric(x, colour):
 
 def on_rows(fn, x, chosen, *parameters):
     """x[chosen] = fn(x[chosen], parameters[chosen]) for a function that works in place."""
-    if chosen.all():
-        return fn(x, *(p.view(-1, 1, 1, 1) for p in parameters))
-    if chosen.any():
+    if len(x) and chosen.all():
+        fn(x, *(p.view(-1, 1, 1, 1) for p in parameters))
+    elif chosen.any():
         rows = torch.from_numpy(chosen.nonzero()[0]).to(x.device, non_blocking=True)
         part = x[rows]
         fn(part, *(p[rows].view(-1, 1, 1, 1) for p in parameters))
@@ -785,10 +786,98 @@ def found_in(root):
     return ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
 
 
+# ------------------------------------------------------------------------------------------------- a look at what goes in
+
+def show(multicrop, frame, path):
+    """Write a PNG of one frame: where its crops lie, each as it is cut and as the network sees it, and masks on the global ones."""
+    frames, (S, s) = multicrop.frames, (multicrop.sizes[0], multicrop.sizes[-1])
+    batch = multicrop[[(0, 0, 0, frame)]]
+    used = batch["index"].item()
+    whole = read_image(frames.path(used))
+    boxes, flips, _ = multicrop.draw(stream(multicrop.seed, CROPS, 0, frame), *whole.size)
+    batch["masks"] = torch.from_numpy(np.stack([BlockMasks((S // 14, S // 14), 8, multicrop.seed).one(0, v, 2 + 4 * v) for v in range(2)]))
+    seen = augment(batch, "cpu")
+    cells = []  # per crop: (caption, as it is cut), (caption, as the network sees it)
+    for kind in ("global", "local"):
+        for cut, crop, colour in zip(batch[kind], seen[kind + "_crops"], batch[kind + "_colour"]):
+            (top, left, h, w), flip = boxes[len(cells)], flips[len(cells)]
+            crop = crop * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+            caption = f"{kind} {len(cells) + 1}\n{h}x{w} at {top},{left}" + "\nflipped" * bool(flip)
+            cells.append(((caption, TF.to_pil_image(cut)), (recipe(colour), TF.to_pil_image(crop.clamp(0, 1)))))
+    masked = [(f"masked\n{m.float().mean():.0%} of {len(m)} patches", hide(cell[1][1], m)) for m, cell in zip(batch["masks"], cells)]
+    words = (f"{frames.name(used)}\n{whole.height}x{whole.width} pixels\n\nwhite: global crops\nyellow: local crops\n\n"
+             "each as it is cut (height x width at top, left),\nthen as the network sees it, with what the\ncolour half did in its order")
+    framed = outline(whole, boxes, S)
+    legend = Image.new("RGB", framed.size, "white")
+    ImageDraw.Draw(legend).text((0, 0), words, fill="black")
+    rows = [[("frame", framed), *cells[0], masked[0]], [("", legend), *cells[1], masked[1]]]
+    rows += [[cell[part] for cell in cells[2:]] for part in range(2)]
+    page(rows).save(path)
+
+
+def recipe(colour):
+    """What drawn parameters (11,) do, one operation a line, in their order."""
+    value = colour.tolist()
+    words = [f"{('brightness', 'contrast', 'saturation', 'hue')[int(op)]} {value[int(op)]:.2f}"
+             for op in value[4:8] if value[int(op)] != IDENTITY[int(op)]]
+    words += ["grayscale"] * bool(value[GRAYSCALE]) + [f"blur {value[SIGMA]:.2f}"] * bool(value[SIGMA]) + ["solarize"] * bool(value[SOLARIZE])
+    return "\n".join(words or ["no change"])
+
+
+def outline(whole, boxes, height):
+    """The frame at this height with its crops' boxes, the first two white."""
+    scale = height / whole.height
+    drawn = whole.resize((round(whole.width * scale), height), Image.Resampling.LANCZOS)
+    for view, (top, left, h, w) in reversed(list(enumerate(boxes))):
+        corners = [round(x * scale) for x in (left, top, left + w - 1, top + h - 1)]
+        ImageDraw.Draw(drawn).rectangle(corners, outline="white" if view < 2 else "yellow", width=2 if view < 2 else 1)
+    return drawn
+
+
+def hide(crop, mask, patch=14):
+    """The crop with its masked patches in one grey, as the mask token stands for all of them."""
+    side = crop.width // patch
+    grid = Image.fromarray(mask.view(side, side).numpy()).resize(crop.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", crop.size, (110, 110, 110)), crop, grid)
+
+
+def page(rows, gap=14, line=12):
+    """A white page of rows of (caption, image); every caption stands right above its image."""
+    rows = [row for row in rows if row]
+    heads = [line * max(caption.count("\n") + 1 for caption, _ in row) + 4 for row in rows]
+    width = max(sum(image.width + gap for _, image in row) for row in rows) + gap
+    height = sum(head + gap + max(image.height for _, image in row) for head, row in zip(heads, rows)) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, y = ImageDraw.Draw(sheet), gap // 2
+    for head, row in zip(heads, rows):
+        x = gap
+        for caption, image in row:
+            draw.multiline_text((x, y + head - 4 - line * (caption.count("\n") + 1)), caption, fill="black", spacing=1)
+            sheet.paste(image, (x, y + head))
+            x += image.width + gap
+        y += head + gap + max(image.height for _, image in row)
+    return sheet
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of frames or manifest")
-    parser.parse_args(argv)
+    parser.add_argument("--data", help="folder of frames or manifest; the synthetic frames if not given")
+    parser.add_argument("--show", default="sheet.png", help="PNG to write: one frame's crops and masks")
+    parser.add_argument("--frame", type=int, default=0, help="number of the frame")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other crops")
+    parser.add_argument("--blur", default="as-executed", choices=BLUR, help="probabilities of the blur as DINOv2's code runs or reads")
+    args = parser.parse_args(argv)
+    if args.data is None:
+        import synthetic  # the frames that come with the project, made here on first use
+        args.data = synthetic.ensure() / "unlabelled"
+    try:
+        frames = Frames(args.data)
+        if not 0 <= args.frame < len(frames):
+            parser.error(f"--frame {args.frame}: {args.data} has the frames 0 to {len(frames) - 1}")
+        show(MultiCrop(frames, args.seed, blur=args.blur), args.frame, args.show)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"{len(frames)} frames of {len(frames.videos)} videos in {args.data}; frame {args.frame} is drawn in {args.show}")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,78 @@ def bench_sinkhorn(argv):
           ["form", "ms", "times faster", "peak MiB", "relative difference"], rows)
 
 
+@command
+def bench_input(argv):
+    """Frames/s of one core through the multi-crop: PIL crop by crop, ours on the CPU, ours without the device's half."""
+    import math
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    from data import BlockMasks, Frames, MultiCrop, augment, collate, stream
+    from synthetic import frames_of
+
+    parser = argparse.ArgumentParser(prog="bench.py input", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--frames", type=int, default=16, help="JPEG frames of each size")
+    parser.add_argument("--runs", type=int, default=7, help="timed passes over the frames of each candidate")
+    parser.add_argument("--rate", type=int, default=700, help="images/s that a GPU takes, such as one that trains ViT-B")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # as in a loader's worker
+    kinds = ("colon", "cecum", "z-line", "retroflex-stomach", "mayo-0", "mayo-2", "mayo-3", "pylorus")
+    jobs = [dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None], masks=None, video=False, size=256) for i in range(args.frames)]
+    small = [Image.fromarray(next(frames_of(job))[0]) for job in jobs]
+    rows, errors = [], []
+    for height, width in ((512, 640), (1080, 1350)):
+        with tempfile.TemporaryDirectory() as folder:
+            for i, image in enumerate(small):
+                large = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+                large += stream(0, 0, i).normal(0, 3, large.shape)  # a sensor's noise: as many bytes to decode as real frames have
+                Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i:03d}.jpg", quality=90)
+            size = sum(p.stat().st_size for p in Path(folder).iterdir()) / args.frames
+            frames, keys = Frames(folder), [(0, i, 0, i) for i in range(args.frames)]
+            ours, exact, classical = MultiCrop(frames), MultiCrop(frames, exact_decode=True), pil_multicrop()
+            masks = BlockMasks((16, 16), args.frames)
+            t = seconds({
+                "PIL, one crop at a time (torchvision transforms)": lambda: [classical(frames.path(i)) for i in range(args.frames)],
+                "ours, both halves on the CPU": lambda: augment(collate(ours[keys], masks), "cpu"),
+                "ours, CPU half": lambda: collate(ours[keys], masks),
+                "ours, CPU half, --exact-decode": lambda: collate(exact[keys], masks)}, args.runs)
+            slowest = next(iter(t.values()))
+            rows += [[f"{height}x{width}, {size / 1e3:.0f} kB", name, f"{args.frames / s:.1f}", f"{slowest / s:.2f}", math.ceil(args.rate * s / args.frames)]
+                     for name, s in t.items()]
+            a, b = ours[keys], exact[keys]
+            for kind in ("global", "local"):
+                d = (a[kind].int() - b[kind].int()).abs().flatten().numpy()
+                errors.append([f"{height}x{width}", kind, f"{d.mean():.2f}", *(f"{q:.0f}" for q in np.percentile(d, (99, 99.9))), d.max()])
+    table(f"Multi-crop input, 2 x 224 px and 8 x 98 px of a JPEG frame, one thread, medians of {args.runs} alternating passes over {args.frames} frames",
+          ["frame", "pipeline", "frames/s per core", "times PIL", f"cores for {args.rate} images/s"], rows)
+    table("Crops by the decoder's reduced sizes against the same crops of the whole frame, absolute difference in grey levels",
+          ["frame", "crops", "mean", "99 %", "99.9 %", "largest"], errors)
+
+
+def pil_multicrop():
+    """path -> the ten crops of DINOv2's augmentation as executed, composed of torchvision's PIL transforms."""
+    from PIL import Image
+    from torchvision import transforms as T
+
+    def view(size, scale, *extra):
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        return T.Compose([T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(), jitter,
+                          T.RandomGrayscale(0.2), *extra, T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+
+    def blur(p):
+        return T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=p)
+
+    views = [view(224, (0.32, 1)), view(224, (0.32, 1), blur(0.9), T.RandomSolarize(128, 0.2))] + [view(98, (0.05, 0.32), blur(0.5))] * 8
+
+    def crops(path):
+        image = Image.open(path).convert("RGB")
+        return [v(image) for v in views]
+    return crops
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(f"{n}: {f.__doc__.splitlines()[0]}" for n, f in sorted(COMMANDS.items())))

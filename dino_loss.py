@@ -21,7 +21,8 @@ from custom_kernels import prototype_loss
 class DINOHead(nn.Module):
     """Three-layer MLP to a bottleneck on the unit sphere, then one weight-normalised linear map to the prototypes.
 
-    (..., in_dim) -> (..., K) float32 logits. Both factors of weight norm are trained and decayed, as DINOv2 does (DINO froze
+    (..., in_dim) -> (..., K) float32 logits. With sizes, the rows of consecutive groups in x (n, in_dim), a tuple of each group's
+    logits: their gradients, the largest tensors of a step, are then never copied together. Both factors of weight norm are trained and decayed, as DINOv2 does (DINO froze
     the magnitude); the directions keep PyTorch's default initialisation."""
 
     def __init__(self, in_dim, n_prototypes, hidden_dim=2048, bottleneck_dim=256, n_layers=3):
@@ -37,11 +38,12 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last_layer = Prototypes(bottleneck_dim, n_prototypes)
 
-    def forward(self, x):
+    def forward(self, x, sizes=None):
         x = self.mlp(x)                                          # (..., bottleneck)
         with torch.autocast(x.device.type, enabled=False):
             x = F.normalize(x.float(), dim=-1, eps=1e-12)        # 16-bit logits are too coarse at temperature 0.04
-            return self.last_layer(x)                            # (..., K)
+            weight = self.last_layer.weight()                    # (K, bottleneck)
+            return F.linear(x, weight) if sizes is None else tuple(F.linear(part, weight) for part in x.split(sizes))
 
 
 class Prototypes(nn.Module):
@@ -52,8 +54,8 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(n_prototypes, 1))
         self.weight_v = nn.Parameter(nn.Linear(dim, n_prototypes, bias=False).weight.detach())
 
-    def forward(self, x):
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+    def weight(self):
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # (K, dim)
 
 
 # --- the teacher's targets --------------------------------------------------------------------------------------------
@@ -160,8 +162,8 @@ def ibot_loss(student, teacher, masks, temp=0.1):
     """Masked-patch prediction (iBOT eq. 2): student (M, K) logits and teacher (M, K) targets of the masked patches in the
     order of masks.nonzero(); masks (2B, N) bool. The mean over an image's masked patches, summed, and divided by all 2B
     images: as in DINOv2 the unmasked half counts in the denominator."""
-    per_image = masks.sum(1).clamp(min=1)                                         # (2B,)
-    weight = (1 / per_image)[masks.nonzero()[:, 0]]                               # (M,)
+    n = masks.sum(1)                                                              # (2B,) masked patches of each image
+    weight = (1 / n).repeat_interleave(n, output_size=len(student))               # (M,) that size is known: a GPU need not be asked
     fused = isinstance(teacher, prototype_loss.Targets)
     loss = (prototype_loss.cross_entropy if fused else cross_entropy)(student, teacher, temp)   # (M,)
     return (loss * weight).sum() / len(masks)

@@ -105,9 +105,10 @@ class Block(nn.Module):
         if rows is None:
             x = x + self.ls1(self.attn(self.norm1(x), runs))
             return x + self.ls2(self.mlp(self.norm2(x)))
-        branch = self.ls1(self.attn(self.norm1(x[rows[0]]), runs))                # (R, D): only the kept samples are computed
+        # index_select, because the gradient of x[rows] would first sort the rows on a GPU
+        branch = self.ls1(self.attn(self.norm1(x.index_select(0, rows[0])), runs))  # (R, D): only the kept samples are computed
         x = x.index_add(0, rows[0], (branch * factor).to(x.dtype))
-        branch = self.ls2(self.mlp(self.norm2(x[rows[1]])))
+        branch = self.ls2(self.mlp(self.norm2(x.index_select(0, rows[1]))))
         return x.index_add(0, rows[1], (branch * factor).to(x.dtype))
 
 

@@ -45,13 +45,14 @@ def sinkhorn_bias(logits, temp, n_iters=3):
 def cross_entropy(student, targets, temp=0.1, shift=0, n_targets=1, impl="auto"):
     """-sum_k target_k log softmax(student / temp)_k for each student row, summed over its n_targets targets.
 
-    student (..., K) -> (...) float32. Row i of the student, counted over all leading dimensions, meets rows i + shift, ...,
-    i + n_targets * shift of the m target rows, modulo m. So shift=0 pairs equal rows (iBOT); with the two teacher crops of
-    B images, shift=B pairs a global crop with the other one, and n_targets=2 a local crop with both.
+    student (..., K) -> (...) float32. Row i of the student, counted over all leading dimensions, meets row i + shift of the m
+    target rows, modulo m, and with n_targets=2 also row i + 2 shift. So shift=0 pairs equal rows (iBOT); with the two teacher
+    crops of B images, shift=B pairs a global crop with the other one, and n_targets=2 a local crop with both.
     No gradient reaches the targets. impl: auto | triton | torch; "triton" raises ValueError where the kernels cannot run.
     """
     rows, teacher = student.flatten(0, -2), targets.logits.flatten(0, -2)  # (n, K), (m, K)
-    if rows.shape[1] != teacher.shape[1] or len(rows) * n_targets % max(len(teacher), 1):
+    n, m = len(rows), len(teacher)
+    if rows.shape[1] != teacher.shape[1] or n_targets not in (1, 2) or (n != m if shift == 0 else m == 0 or n * n_targets % m):
         raise ValueError(f"student logits {tuple(student.shape)} cannot be paired with {n_targets} of the targets {tuple(targets.logits.shape)} each")
     if use_triton(rows, impl):
         loss = rowwise_cross_entropy(rows, teacher, targets.bias, temp, targets.temp, shift, n_targets)[0]

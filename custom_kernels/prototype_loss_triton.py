@@ -13,12 +13,13 @@ What makes it possible: a target is softmax_k(teacher / temp + bias), so two num
 entry wherever it is needed.
 
     log-sum-exp over rows                  over columns                            cross-entropy
-    one program = one row                  one program = 256 columns of a          one program = one student row and
-    K -->                                  slice of rows   K -->                   its T teacher rows, K -->
-    [####|    |    |    ] -> lse[i]        [ ## |   ]                              [####|    |    |    ] student i
-                                           [ ## |   ]  | then the slices           [####|    |    |    ] teacher (i + shift) % m
-                                             v         v are joined                [####|    |    |    ] teacher (i + 2 shift) % m
+    one program = 8 rows of a              one program = 256 columns of a          one program = one student row and
+    slice of columns   K -->               slice of rows   K -->                   its T teacher rows, K -->
+    [####|    |    |                       [ ## |                                  [####|    |    |    ] student i
+    [####| -> |    | then the slices       [ ## |    | then the slices             [####| -> |    |    ] teacher (i + shift) % m
+             are joined -> lse[i]            v       v are joined -> lse[k]        [####|    |    |    ] teacher (i + 2 shift) % m
 
+A tile of 8 x 256 also reads the bias once for 8 rows: one row at a time would fetch as many bytes of bias as of logits.
 All sums are float32, in a fixed order (no atomics): two runs agree bit for bit.
 """
 import torch
@@ -28,8 +29,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # a running maximum starts here, not at -inf, because (-inf) - (-inf) is not a number
-COLUMNS = 1024  # columns per step of a kernel that streams rows: 8 per thread, so that 2 x 3 running sums fit in registers
-ROW_SLICE = 1024  # rows per program of the column kernel
+ROWS, COLUMNS = 8, 256  # a tile of the log-sum-exp kernels, one step of their loops
+ROW_SLICE, COLUMN_SLICE = 1024, 8192  # how far one program goes: even the 128 class tokens of 64 images fill the GPU's 132 processors
+ROW_BLOCK = 2048  # columns per step of a cross-entropy: 8 per thread, so that 2 x 3 running sums and their 3 inputs fit in registers
 LAUNCH = dict(num_warps=4, enable_fp_fusion=True)
 
 
@@ -49,27 +51,30 @@ def merge(top, axis: tl.constexpr):
 
 
 @triton.jit
-def row_lse_kernel(logits, bias, out, K, scale, BLOCK: tl.constexpr):
-    """out[i] = log sum_k exp(logits[i, k] / temp + bias[k]); scale = LOG2E / temp."""
-    i = tl.program_id(0).to(tl.int64)
-    top = tl.full([BLOCK], LOWEST, tl.float32)  # every lane streams its own columns; the lanes meet once, at the end
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + i * K + k, k < K, other=0).to(tl.float32) * scale + tl.load(bias + k, k < K, other=0) * LOG2E
-        top, old, new = rise(top, tl.where(k < K, x, -float("inf")))
+def row_lse_kernel(logits, bias, out, n, K, scale, SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[slice, i] = log sum_k exp(logits[i, k] / temp + bias[k]) over the columns k of one slice; scale = LOG2E / temp."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * SLICE
+    top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)  # every lane streams its own columns; the lanes meet once, at the end
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first, tl.minimum(first + SLICE, K), COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        inside = (i < n)[:, None] & (k < K)[None, :]
+        x = tl.load(logits + i[:, None].to(tl.int64) * K + k[None, :], inside, other=0).to(tl.float32) * scale
+        x += (tl.load(bias + k, k < K, other=0) * LOG2E)[None, :]
+        top, old, new = rise(top, tl.where(inside, x, -float("inf")))
         total = total * old + new
-    highest, factor = merge(top, 0)
-    tl.store(out + i, (highest + tl.log2(tl.sum(total * factor, 0))) * LN2)
+    highest, factor = merge(top, 1)
+    tl.store(out + tl.program_id(1) * n + i, (highest + tl.log2(tl.sum(total * factor, 1))) * LN2, i < n)
 
 
 @triton.jit
-def column_lse_kernel(logits, bias, out, n, K, scale, SLICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def column_lse_kernel(logits, bias, out, n, K, scale, SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out[slice, k] = log sum_i exp(logits[i, k] / temp + bias[i]) over the rows i of one slice."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * SLICE
-    top = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    top = tl.full([ROWS, COLUMNS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(first, tl.minimum(first + SLICE, n), ROWS):
         i = start + tl.arange(0, ROWS)
         inside = (i < n)[:, None] & (k < K)[None, :]
@@ -134,20 +139,20 @@ def cross_entropy_backward_kernel(dloss, student, teacher, bias, student_lse, te
 def row_lse(logits, bias, temp):
     """logits (n, K) contiguous, bias (K,) -> (n,): log-sum-exp of logits / temp + bias over each row."""
     n, K = logits.shape
-    out = logits.new_empty(n, dtype=torch.float32)
+    out = logits.new_empty(triton.cdiv(K, COLUMN_SLICE), n, dtype=torch.float32)
     if n:
-        row_lse_kernel[(n,)](logits, bias, out, K, LOG2E.value / temp, BLOCK=COLUMNS, **LAUNCH)
-    return out
+        grid = (triton.cdiv(n, ROWS), len(out))
+        row_lse_kernel[grid](logits, bias, out, n, K, LOG2E.value / temp, SLICE=COLUMN_SLICE, ROWS=ROWS, COLUMNS=COLUMNS, **LAUNCH)
+    return out.logsumexp(0)
 
 
 def column_lse(logits, bias, temp):
     """logits (n, K) contiguous, bias (n,) -> (K,): log-sum-exp of logits / temp + bias over each column; -inf where n = 0."""
     n, K = logits.shape
-    slices = triton.cdiv(n, ROW_SLICE)
-    out = logits.new_empty(slices, K, dtype=torch.float32)
+    out = logits.new_empty(triton.cdiv(n, ROW_SLICE), K, dtype=torch.float32)
     if n:
-        grid = (triton.cdiv(K, 256), slices)
-        column_lse_kernel[grid](logits, bias, out, n, K, LOG2E.value / temp, SLICE=ROW_SLICE, ROWS=8, BLOCK=256, **LAUNCH)
+        grid = (triton.cdiv(K, COLUMNS), len(out))
+        column_lse_kernel[grid](logits, bias, out, n, K, LOG2E.value / temp, SLICE=ROW_SLICE, ROWS=ROWS, COLUMNS=COLUMNS, **LAUNCH)
     return out.logsumexp(0)
 
 
@@ -158,7 +163,7 @@ def cross_entropy(student, teacher, bias, student_temp, teacher_temp, shift, n_t
     teacher_lse = student.new_empty(n, n_targets, dtype=torch.float32)
     if n:
         cross_entropy_kernel[(n,)](student, teacher, bias, loss, student_lse, teacher_lse, K, len(teacher), shift,
-                                   LOG2E.value / student_temp, LOG2E.value / teacher_temp, T=n_targets, BLOCK=COLUMNS, **LAUNCH)
+                                   LOG2E.value / student_temp, LOG2E.value / teacher_temp, T=n_targets, BLOCK=ROW_BLOCK, **LAUNCH | {"num_warps": 8})
     return loss, student_lse, teacher_lse
 
 
@@ -167,8 +172,8 @@ def cross_entropy_backward(dloss, student, teacher, bias, student_lse, teacher_l
     n, K = student.shape
     dstudent = torch.empty_like(student)
     if n:
-        grid = (n, triton.cdiv(K, 2 * COLUMNS))
+        grid = (n, triton.cdiv(K, ROW_BLOCK))
         cross_entropy_backward_kernel[grid](dloss, student, teacher, bias, student_lse, teacher_lse, dstudent, K, len(teacher), shift,
                                             LOG2E.value / student_temp, LOG2E.value / teacher_temp,
-                                            T=teacher_lse.shape[1], BLOCK=2 * COLUMNS, **LAUNCH)
+                                            T=teacher_lse.shape[1], BLOCK=ROW_BLOCK, **LAUNCH)
     return dstudent

@@ -55,6 +55,16 @@ def test_head_logits_are_float32_under_autocast():
         assert head(torch.randn(3, 64)).dtype == torch.float32
 
 
+def test_head_gives_each_group_its_logits():
+    head, x = DINOHead(16, 32, hidden_dim=24, bottleneck_dim=8), torch.randn(9, 16)
+    whole = head(x)
+    parts = head(x, [2, 0, 7])
+    assert [len(p) for p in parts] == [2, 0, 7]
+    assert_close(torch.cat(parts), whole)
+    for a, b in zip(*(torch.autograd.grad((y ** 3).sum(), list(head.parameters())) for y in (whole, torch.cat(parts)))):
+        assert_close(a, b)
+
+
 # --- teacher's targets ------------------------------------------------------------------------------------------------
 
 

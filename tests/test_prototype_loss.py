@@ -15,6 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from attention_aot import read
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import dino_loss
@@ -54,7 +58,7 @@ def example(K, dtype=torch.float32, reach=None, B=3, L=4, seed=0):
     """Student and teacher logits (the head's cosines are within 1; reach: spread to +-reach) and masks, half the images unmasked."""
     g = torch.Generator().manual_seed(seed)
     masks = torch.zeros(2 * B, 5, dtype=torch.bool)
-    masks[1, :4] = masks[3, 2:3] = masks[4, 1:4] = True
+    masks[1::2, 1:4] = masks[1, 0] = True
     tensors = [torch.randn(*shape, K, generator=g) / 2 for shape in ((2, B), (L, B), (masks.sum(),), (2, B), (masks.sum(),))]
     if reach:
         tensors = [(x * reach).clamp(-reach, reach) for x in tensors]
@@ -85,7 +89,7 @@ def error(value, exact):
 # --- equal to the definition ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("K", [97, 1024, 2053])  # within one block of a kernel, exactly one, several with a ragged last
+@pytest.mark.parametrize("K", [97, 2048, 2053])  # within one block of a kernel, exactly one, several with a ragged last
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
 def test_losses_and_gradients(fused, K, dtype, centering):
@@ -105,14 +109,15 @@ def test_losses_and_gradients(fused, K, dtype, centering):
 
 
 def test_logits_of_200_are_as_accurate_as_plain_float32(fused, monkeypatch):
-    """Exponents of 5000 leave float32 four digits, in any formula: the stored-target form sets the error that is allowed."""
+    """Exponents of 5000 leave float32 four digits, in any formula: the stored-target form sets the error that is allowed, and
+    the kernels round a few times more, on the way from base e to base 2 and back."""
     tensors, masks = example(301, reach=200.0)
     exact = run([x.double() for x in tensors], masks, lambda x: textbook_sinkhorn(x.flatten(0, -2), 0.04).view(x.shape), textbook_losses)
     ours = run(tensors, masks, lambda x: dino_loss.teacher_targets(x, 0.04), our_losses)
     monkeypatch.setattr(prototype_loss, "use_triton", lambda logits, impl="auto": False)
     plain = run(tensors, masks, lambda x: dino_loss.teacher_targets(x, 0.04), our_losses)
     for a, b, e in zip((ours[0], *ours[1]), (plain[0], *plain[1]), (exact[0], *exact[1])):
-        assert a.isfinite().all() and error(a, e) < 2 * error(b, e) + 1e-5
+        assert a.isfinite().all() and error(a, e) < 4 * error(b, e) + 1e-5
 
 
 def test_official_numbers(fused, reference, named_input):
@@ -135,10 +140,14 @@ def test_official_numbers(fused, reference, named_input):
         assert_close(ours.cpu(), torch.from_numpy(r[name]), rtol=1e-4, atol=1e-7)
 
 
-def test_sinkhorn_bias_over_many_rows(fused):
-    """More rows than one program of the column kernel takes; then one row; then rows that repeat."""
+def test_sinkhorn_bias_of_many_slices_one_row_and_repeated_rows(fused, monkeypatch):
+    """More rows and columns than one program takes; then one row; then rows that repeat."""
+    if INTERPRETED or DEVICE == "cuda":
+        from custom_kernels import prototype_loss_triton as kernels
+        monkeypatch.setattr(kernels, "ROW_SLICE", 16)
+        monkeypatch.setattr(kernels, "COLUMN_SLICE", 512)
     g = torch.Generator().manual_seed(2)
-    for logits in (torch.randn(1031, 37, generator=g) / 2, torch.randn(1, 37, generator=g), torch.randn(1, 37, generator=g).expand(5, 37)):
+    for logits in (torch.randn(37, 1100, generator=g) / 2, torch.randn(1, 37, generator=g), torch.randn(1, 37, generator=g).expand(5, 37)):
         logits = logits.to(DEVICE)
         targets = torch.softmax(logits / 0.07 + sinkhorn_bias(logits, 0.07), 1)
         assert error(targets, textbook_sinkhorn(logits, 0.07)) < 1e-5
@@ -156,8 +165,41 @@ def test_no_rows_and_one_row(fused):
     assert_close(one, -((teacher[0] / 0.05).softmax(1) * (local[0] / 0.1).log_softmax(1)).sum(1))
 
 
+def test_shapes_that_cannot_be_paired_are_refused():
+    student, teacher, bias = torch.zeros(6, 8), torch.zeros(4, 8), torch.zeros(8)
+    for targets, shift in ((teacher, 0), (teacher, 2), (teacher[:0], 2), (teacher[:, :7], 2)):
+        with pytest.raises(ValueError, match=r"\(6, 8\) cannot be paired"):
+            cross_entropy(student, Targets(targets, bias, 0.05), shift=shift)
+
+
+def test_which_path_runs():
+    """Kernels on a GPU, the definition on a CPU; and only logits that are fine enough."""
+    from custom_kernels.prototype_loss import use_triton
+    cpu, bias = torch.zeros(2, 8), torch.zeros(8)
+    assert not use_triton(cpu)
+    assert not torch.cuda.is_available() or use_triton(cpu.cuda())
+    if not INTERPRETED:
+        with pytest.raises(ValueError, match="cannot run: .*(CPU|not installed)"):
+            cross_entropy(cpu, Targets(cpu, bias, 0.05), impl="triton")
+    with pytest.raises(ValueError, match="bfloat16 logits are too coarse"):
+        use_triton(cpu.bfloat16(), "triton")
+    with pytest.raises(ValueError, match="must be auto, triton or torch"):
+        use_triton(cpu, "cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="without a GPU the kernels run in the interpreted child process alone")
+def test_kernels_run(fused, monkeypatch):
+    from custom_kernels import prototype_loss_triton as kernels
+    called = []
+    for name in ("row_lse", "column_lse", "cross_entropy", "cross_entropy_backward"):
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, f=getattr(kernels, name): (called.append(name), f(*a))[1])
+    tensors, masks = example(97)
+    run(tensors, masks, lambda x: dino_loss.teacher_targets(x, 0.05), our_losses)
+    assert [called.count(name) for name in ("row_lse", "column_lse", "cross_entropy", "cross_entropy_backward")] == [4, 6, 3, 3]
+
+
 def test_two_runs_agree_bit_for_bit(fused):
-    tensors, masks = example(1500)
+    tensors, masks = example(300)
     first, second = (run(tensors, masks, lambda x: dino_loss.teacher_targets(x, 0.05), our_losses) for _ in range(2))
     for a, b in zip((first[0], *first[1]), (second[0], *second[1])):
         assert torch.equal(a, b)
@@ -186,6 +228,7 @@ def test_formula_of_the_gradient():
     assert torch.autograd.gradcheck(lambda s: rowwise_cross_entropy(s, *rest)[0], student)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the operators are opaque to torch.compile, whoever computes them")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph_under_autocast(fused, dynamic):
     def step(student_global, student_local, teacher):
@@ -195,8 +238,7 @@ def test_compiles_as_one_graph_under_autocast(fused, dynamic):
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for B in (3, 4):
         (student_global, student_local, _, teacher, _), _ = example(64, B=B)
-        eager, graph = (torch.autograd.grad(f(s := student_local.clone().requires_grad_() * 1, s, teacher), s) if False else
-                        gradients(f, student_global, student_local, teacher) for f in (step, compiled))
+        eager, graph = (gradients(f, student_global, student_local, teacher) for f in (step, compiled))
         for a, b in zip(eager, graph):
             assert_close(a, b)
 
@@ -205,3 +247,105 @@ def gradients(f, student_global, student_local, teacher):
     student = [x.clone().requires_grad_() for x in (student_global, student_local)]
     loss = f(*student, teacher)
     return loss.detach(), *torch.autograd.grad(loss, student)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------------------
+
+
+def head_and_loss():
+    """A small head, and the loss of its logits against the Sinkhorn targets of the same logits."""
+    torch.manual_seed(0)
+    head = dino_loss.DINOHead(16, 33, hidden_dim=24, bottleneck_dim=8)
+
+    def loss(model, x):
+        logits = model(x)
+        return cross_entropy(logits, dino_loss.teacher_targets(logits.detach(), 0.05)).mean()
+    return head, loss
+
+
+def logits_and_inputs():
+    g = torch.Generator().manual_seed(4)
+    return torch.randn(11, 33, generator=g), torch.randn(8, 16, generator=g)
+
+
+def one_of_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    prototype_loss.use_triton = lambda logits, impl="auto": True
+    logits, x = logits_and_inputs()
+    out = {"bias": sinkhorn_bias(logits[:3] if rank == 0 else logits[3:], 0.1), "empty": sinkhorn_bias(logits if rank == 0 else logits[:0], 0.1)}
+    for name in ("ddp", "fsdp"):
+        head, loss = head_and_loss()
+        wrapped = DistributedDataParallel(head) if name == "ddp" else fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+        loss(wrapped, x[4 * rank : 4 * rank + 4]).backward()
+        out[name] = [p.grad if name == "ddp" else p.grad.full_tensor() for p in head.parameters()]
+    torch.save(out, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the sums over processes do not depend on who computes the operators")
+def test_two_processes_with_different_row_counts_ddp_and_fsdp(fused, tmp_path):
+    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    logits, x = logits_and_inputs()
+    head, loss = head_and_loss()
+    loss(head, x).backward()
+    for rank in range(2):
+        out = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert_close(out["bias"], sinkhorn_bias(logits, 0.1), rtol=1e-5, atol=1e-5)
+        assert_close(out["empty"], sinkhorn_bias(logits, 0.1), rtol=1e-5, atol=1e-5)
+        for name in ("ddp", "fsdp"):
+            for a, p in zip(out[name], head.parameters(), strict=True):
+                assert error(a, p.grad.double()) < 1e-5
+
+
+# --- the kernels, without a GPU -------------------------------------------------------------------------------------------------
+
+
+def why_no_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    if version.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"the interpreter of triton {version} does not run with numpy {np.__version__}"
+
+
+NO_INTERPRETER = why_no_interpreter()
+
+
+@pytest.mark.skipif(INTERPRETED or bool(NO_INTERPRETER), reason=NO_INTERPRETER or "this is the child process")
+def test_again_with_kernels_interpreted():
+    child = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], capture_output=True, text=True,
+                           env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
+    assert child.returncode == 0, child.stdout
+    print(child.stdout)
+
+
+def compiled(kernel, constants, dtype, warps):
+    """The kernel for a Hopper GPU, as its launcher would specialise it for K a multiple of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds = dict.fromkeys(("logits", "student", "teacher", "dstudent"), "*" + dtype) | dict.fromkeys(("n", "K", "m", "shift"), "i32")
+    kinds |= dict.fromkeys(("scale", "student_scale", "teacher_scale"), "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "K"}
+    return triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
+                          target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, enable_fp_fusion=True))
+
+
+@pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs triton, not interpreted")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_compiles_for_hopper_without_spills(dtype):
+    from custom_kernels import prototype_loss_triton as kernels
+    tile = dict(ROWS=kernels.ROWS, COLUMNS=kernels.COLUMNS)
+    cases = [(kernels.row_lse_kernel, dict(tile, SLICE=kernels.COLUMN_SLICE), 4), (kernels.column_lse_kernel, dict(tile, SLICE=kernels.ROW_SLICE), 4)]
+    cases += [(kernel, dict(T=T, BLOCK=kernels.ROW_BLOCK), warps) for T in (1, 2)
+              for kernel, warps in ((kernels.cross_entropy_kernel, 8), (kernels.cross_entropy_backward_kernel, 4))]
+    for kernel, constants, warps in cases:
+        binary = compiled(kernel, constants, dtype, warps)
+        figures = read(binary, 90)
+        assert figures["spills"] == figures["atomics"] == 0 and figures["programs_per_sm"] * warps >= 16, (kernel.__name__, figures)
+        if dtype == "fp16":  # logits alone are 16 bits wide here; 16,384 rows of 131,072 of them pass 2^31: their rows need 64-bit offsets
+            wide = [line for line in binary.asm["ttir"].splitlines() if "tt.addptr" in line and "ptr<f16>" in line and "i64" in line]
+            assert len(wide) == sum(name in ("logits", "student", "teacher", "dstudent") for name in kernel.arg_names), kernel.__name__

@@ -327,21 +327,22 @@ def read_checkpoint(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, and is refused because loading it could run "
-                         "code; save its state dict alone") from error
+        raise ValueError(f"{path} is damaged or holds more than tensors and plain values, and is refused because loading it could "
+                         "run code; save its state dict alone") from error
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def find_backbone(file, path):
     """The backbone's state dict under released names, and the kind of file it came from."""
     if not isinstance(file, dict):
         raise ValueError(f"{path} holds a {type(file).__name__}, not a dictionary of backbone weights")
-    if file.get("format") == "endodino-1":
-        return file["backbone"], "endodino-1"
     kind = "released DINOv2 weights"
-    if isinstance(file.get("teacher"), dict):
+    if file.get("format") == "endodino-1":
+        file, kind = file.get("backbone"), "endodino-1"
+    elif isinstance(file.get("teacher"), dict):
         file, kind = file["teacher"], "DINOv2 training checkpoint (teacher)"
+    file = file if isinstance(file, dict) else {}
     if any(str(k).startswith("backbone.") for k in file):  # beside it stand dino_head. and ibot_head.
         file = {k.removeprefix("backbone."): v for k, v in file.items() if k.startswith("backbone.")}
     # blocks.{chunk}.{index}.name -> blocks.{index}.name: the index inside a chunk is already the block's number
@@ -360,12 +361,14 @@ def infer_config(state, file, path):
         patch_size = state["patch_embed.proj.weight"].shape[-1]
         n_patches = state["pos_embed"].shape[1] - 1
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"{path} lacks part of a backbone: no usable {error}") from error
     if n_patches != math.isqrt(n_patches) ** 2:
         raise ValueError(f"{path}: pos_embed has {n_patches} patch positions, which is no square grid")
     heads = file["heads"] if file.get("format") == "endodino-1" and "heads" in file else max(dim // 64, 1)
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise ValueError(f"{path} says {heads} heads, which do not divide a width of {dim}")
     ffn = "swiglu" if any(".mlp.w12." in k for k in state) else "mlp"
     return dict(dim=dim, depth=depth, heads=heads, ffn=ffn, registers=registers, patch_size=patch_size,
                 image_size=math.isqrt(n_patches) * patch_size)

@@ -263,6 +263,10 @@ def test_load_is_strict(tmp_path):
     assert "lacks part" in message({k: v for k, v in state.items() if k != "pos_embed"})
     assert "no backbone" in message({"optimizer": {"state": {}}, "step": 3})
     assert "list" in message([1, 2])
+    assert "no backbone" in message(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict())
+    assert "no backbone" in message({"format": "endodino-1", "step": 3})
+    assert "5 heads" in message({"format": "endodino-1", "backbone": state, "heads": 5})
+    assert "lacks part" in message(state | {"register_tokens": torch.ones(3)})
 
 
 class Malicious:
@@ -278,9 +282,12 @@ def test_load_refuses_bad_files_in_one_sentence(tmp_path, monkeypatch):
     pathlib.Path("text.pth").write_text("accuracy 0.9\n")
     pathlib.Path("empty.pth").write_bytes(b"")
     torch.save({"cls_token": Malicious()}, "code.pth")
+    pathlib.Path("two bytes.pth").write_bytes(b"\x80\x02")
+    torch.save(released(), "legacy.pth", _use_new_zipfile_serialization=False)
+    pathlib.Path("cut legacy.pth").write_bytes(pathlib.Path("legacy.pth").read_bytes()[:300])
     pathlib.Path("code.pkl").write_bytes(pickle.dumps({"cls_token": Malicious()}, protocol=2))
     for name, words in {"truncated.pth": "truncated", "text.pth": "not a PyTorch checkpoint", "empty.pth": "not a PyTorch checkpoint",
-                        "code.pth": "could run code", "code.pkl": "could run code"}.items():
+                        "two bytes.pth": "damaged", "cut legacy.pth": "damaged", "code.pth": "could run code", "code.pkl": "could run code"}.items():
         with pytest.raises(ValueError, match=words) as error:
             load_backbone(name)
         assert name in str(error.value) and "\n" not in str(error.value)

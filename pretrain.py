@@ -461,6 +461,10 @@ def parse(argv=None):
     box("--local-scale", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("MIN", "MAX"), help="area of a local crop in the frame")
     box("--blur", default="as-executed", choices=data.BLUR, help="DINOv2's released weights were trained with the probabilities of its blur "
         "inverted: as-executed repeats that, as-written is the paper's")
+    box("--hue", action=argparse.BooleanOptionalAction, default=True, help="turn hues at random; colour is diagnostic in endoscopy, so try without")
+    box("--grayscale", action=argparse.BooleanOptionalAction, default=True, help="drop the colour of a fifth of the crops")
+    box("--solarize", action=argparse.BooleanOptionalAction, default=True, help="invert the light part of a fifth of the second global crops")
+    box("--exact-decode", action="store_true", help="never let the JPEG decoder shrink a frame that is much larger than its crops")
 
     box = parser.add_argument_group("optimisation").add_argument
     box("--steps", type=int, default=argparse.SUPPRESS, help="length of the run and of all schedules; warm-ups are fractions of it")
@@ -636,7 +640,7 @@ def autocast_for(args, device):
 def make_batches(args, frames, start, rank, world, device):
     """Batches of this process from step `start` on, endless workers behind them."""
     multicrop = data.MultiCrop(frames, args.seed, args.global_size, args.local_size, args.local_crops, tuple(args.global_scale),
-                               tuple(args.local_scale), args.blur)
+                               tuple(args.local_scale), args.blur, args.hue, args.grayscale, args.solarize, args.exact_decode)
     sampler = data.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps)
     side = args.global_size // 14
     masks = data.BlockMasks((side, side), args.batch * world, args.seed)
@@ -675,7 +679,7 @@ def run(args, device, rank, world, stop):
     schedules = make_schedules(args, args.batch * world)
     describe(args, model, frames, world, say)
     labelled = open_probe(args, say)
-    batches, skipped = make_batches(args, frames, progress["step"], rank, world, device), data.Skipped(frames)
+    batches, skipped = make_batches(args, frames, progress["step"], rank, world, device), data.Skipped(frames, world)
     log = Log(out, args, progress["step"], world, rank)
     model.train()
 

@@ -171,7 +171,8 @@ def spawn(argvs, world=1, **kwargs):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = dict(os.environ, OMP_NUM_THREADS="1", **({"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}))
+    threads = torch.get_num_threads() if world == 1 else 1  # sums are split among threads: as many as here, to compare to the bit
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), **({"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}))
     return [subprocess.Popen([sys.executable, WORKER, argvs], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)) if world > 1 else env,
                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **kwargs) for r in range(world)]
 

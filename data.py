@@ -230,8 +230,8 @@ class MultiCrop(torch.utils.data.Dataset):
     Asked for the keys of one step (see EpochSampler), it returns the batch described at the top of this file, less the masks.
     An unreadable frame is replaced by another one, drawn from (seed, epoch, frame), and reported under "bad".
     exact_decode: never let the decoder shrink a frame that is much larger than its crops. Where it does, boxes lie on its grid of 2, 4
-    or 8 pixels, as if the frame were stored that size, and 99 % of a crop's values are within 1 grey level of the whole frame's, all
-    within 5 (measured by `bench.py input`).
+    or 8 pixels, as if the frame were stored that size, and a crop is the whole frame's to 0.3 grey levels on average and to 1 in 99 %
+    of its values (measured by `bench.py input`).
     """
 
     def __init__(self, frames, seed=0, global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0),

@@ -37,7 +37,7 @@ def attention(qkv, runs, impl="auto"):
         raise ValueError(f"qkv is {tuple(qkv.shape)}: it must be (T, 3, heads, head dimension) with T = {total}, the tokens of runs {runs}")
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    if use_triton(qkv, runs, impl):
+    if use_triton(qkv, runs, impl) and runs:
         return packed_attention(qkv, [n for run in runs for n in run])[0]
     return sdpa(qkv, runs)
 

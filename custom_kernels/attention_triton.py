@@ -378,7 +378,8 @@ def launches(runs, device):
         (short if length <= 64 else long).extend((first + i * length, length) for i in range(count if length else 0))
         first += count * length
     if len(runs) > MANY:
-        return [(len(kind), max(n for _, n in kind), 0, torch.tensor(kind, dtype=torch.int32, device=device)) for kind in (short, long) if kind]
+        return [(len(spans), max(n for _, n in spans), 0, torch.tensor(spans, dtype=torch.int32, device=device))
+                for spans in (short, long) if spans]
     return [(count, length, start, None) for count, length, start, _ in uniform if count * length]
 
 

@@ -1,6 +1,6 @@
 """Compile the attention kernels for a GPU that is not there, and read what the compiler made of them.
 
-    python tests/attention_aot.py 90 bfloat16 257 50      one line of JSON per kernel: registers, spills, shared memory, ...
+    python tests/attention_aot.py 90:bfloat16:257,50 80:bfloat16:257    one line of JSON per kernel: registers, spills, ...
 
 Used by tests/test_attention.py and by `python bench.py attention --compile-only`.
 """
@@ -70,7 +70,7 @@ def report(length, dtype, arch, ragged=False):
 
 
 if __name__ == "__main__":
-    arch, dtype, *lengths = sys.argv[1:]
-    for length in lengths:
-        for name, figures in report(int(length), dtype, int(arch)):
-            print(json.dumps(dict(kernel=name, length=int(length), **figures)), flush=True)
+    for arch, dtype, lengths in (word.split(":") for word in sys.argv[1:]):
+        for length in lengths.split(","):
+            for name, figures in report(int(length), dtype, int(arch)):
+                print(json.dumps(dict(kernel=name, length=int(length), arch=int(arch), dtype=dtype, **figures)), flush=True)

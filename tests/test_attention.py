@@ -1,0 +1,495 @@
+"""Attention over packed sequences, against float64 written out one sequence at a time and against PyTorch's own error.
+
+Most of these tests reach the operator. In this process it computes its definition (on a GPU: runs its kernels);
+test_again_with_kernels_interpreted runs the same tests in a child process where Triton's interpreter runs the kernels, and
+test_compiled_for reads what the compiler makes of them for GPUs that need not be there.
+"""
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import vit
+from custom_kernels import attention as module
+from custom_kernels import interpreted, why_no_triton_on
+from custom_kernels.attention import attention, packed_attention, packed_attention_backward, sdpa
+
+INTERPRETED = interpreted()
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+NO_KERNELS = why_no_triton_on(torch.device(DEVICE))
+needs_kernels = pytest.mark.skipif(NO_KERNELS is not None, reason=f"the kernels run in the child process: {NO_KERNELS}")
+here_only = pytest.mark.skipif(INTERPRETED, reason="does not depend on the kernels")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter multiplies bfloat16 wrongly
+LIMITS = {torch.float32: (2e-6, 2e-6), torch.float16: (6e-4, 1.5e-3), torch.bfloat16: (4e-3, 1e-2)}  # output, gradients
+
+PACKS = {  # up to eight runs are launched one by one, more share launches: "ragged"
+    "the pack": ((2, 257), (4, 50)),
+    "short": ((2, 1), (1, 15), (1, 16), (1, 17), (0, 50), (2, 49), (3, 0), (1, 54)),
+    "around 64": ((1, 32), (1, 33), (1, 63), (1, 64), (1, 65), (1, 128)),
+    "around 257": ((1, 196), (1, 197), (1, 255), (1, 256), (1, 258), (1, 261), (1, 272), (1, 273)),
+    "ragged": ((1, 257), (2, 1), (1, 15), (1, 0), (1, 64), (2, 50), (1, 65), (1, 17), (1, 197), (0, 9), (1, 63), (1, 272), (1, 54)),
+    "ragged, short": tuple((1, n) for n in (0, 1, 16, 17, 50, 49, 64, 33, 2)),
+    "1025": ((1, 1025),),
+    "1370": ((1, 1370),),
+}
+
+
+@pytest.fixture(autouse=True)
+def operator(monkeypatch):
+    """attention() goes through the operator, whatever the device."""
+    monkeypatch.setattr(module, "use_triton", lambda qkv, runs, impl="auto": impl != "sdpa")
+
+
+@pytest.fixture
+def poison():
+    """Memory that torch.empty hands out is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def example(runs, heads=2, dtype=torch.float32, seed=0):
+    """qkv and the gradient of the output."""
+    T, g = sum(count * length for count, length in runs), torch.Generator().manual_seed(seed)
+    return torch.randn(T, 3, heads, 64, generator=g).to(DEVICE, dtype), torch.randn(T, heads, 64, generator=g).to(DEVICE, dtype)
+
+
+def textbook(qkv, runs):
+    """One sequence at a time: softmax(q k^T / 8) v."""
+    out = []
+    for x in qkv.split([length for count, length in runs for _ in range(count)]):
+        q, k, v = x.permute(1, 2, 0, 3)                                   # each (heads, length, 64)
+        out.append(((q @ k.mT / 8).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+def output_and_gradients(fn, qkv, runs, dout):
+    """{"out", "dq", "dk", "dv"}"""
+    qkv = qkv.detach().requires_grad_()
+    out = fn(qkv, runs)
+    gradient, = torch.autograd.grad(out, qkv, dout)
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradient.unbind(1))))
+
+
+def errors(value, exact):
+    """Relative Frobenius norm of the difference, and its largest entry over the largest of the exact value."""
+    difference = value.double() - exact
+    return (difference.norm() / exact.norm()).item(), (difference.abs().max() / exact.abs().max()).item()
+
+
+def same_bits(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- equal to the definition ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PACKS)
+def test_against_float64(poison, name, dtype):
+    if INTERPRETED and (name, dtype) in (("1025", torch.float16), ("1370", torch.float32)):
+        pytest.skip("slow to interpret; each length runs in one type")
+    runs = PACKS[name]
+    qkv, dout = example(runs, heads=2 if name == "the pack" else 1, dtype=dtype)
+    ours = output_and_gradients(attention, qkv, runs, dout)
+    torch.use_deterministic_algorithms(False)
+    library = output_and_gradients(sdpa, qkv, runs, dout)
+    exact = output_and_gradients(textbook, qkv.double(), runs, dout.double())
+    for tensor in ours:
+        assert ours[tensor].dtype == dtype and ours[tensor].isfinite().all(), tensor
+        norm, largest = errors(ours[tensor], exact[tensor])
+        allowed = LIMITS[dtype][tensor != "out"]
+        assert norm < allowed and largest < 4 * allowed, (tensor, norm, largest)
+        assert norm < 1.5 * errors(library[tensor], exact[tensor])[0] + 1e-7, (tensor, norm)
+
+
+@pytest.mark.parametrize("heads", [1, 6, 12, 16, 24])
+def test_numbers_of_heads(poison, heads):
+    runs = ((1, 50), (1, 70))
+    qkv, dout = example(runs, heads, torch.float16)
+    ours = output_and_gradients(attention, qkv, runs, dout)
+    exact = output_and_gradients(textbook, qkv.double(), runs, dout.double())
+    for tensor in ours:
+        assert errors(ours[tensor], exact[tensor])[0] < LIMITS[torch.float16][tensor != "out"], tensor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits_and_zero_queries(poison, dtype):
+    """Scores of +-1000, where exp overflows unless the maximum is taken off; queries of zero, where attention is the mean."""
+    runs = ((1, 257), (1, 50))
+    qkv, dout = example(runs, 1, dtype)
+    qkv[:, :2] *= 15
+    qkv[257:, 0] = 0
+    ours = output_and_gradients(attention, qkv, runs, dout)
+    torch.use_deterministic_algorithms(False)
+    library = output_and_gradients(sdpa, qkv, runs, dout)
+    exact = output_and_gradients(textbook, qkv.double(), runs, dout.double())
+    for tensor in ours:
+        norm, theirs = (errors(x[tensor], exact[tensor])[0] for x in (ours, library))
+        assert ours[tensor].isfinite().all() and norm < 1.5 * theirs + 2e-4, (tensor, norm, theirs)  # float32 holds a score of 1000 to 6e-5
+    assert_close(ours["out"][257:].double(), qkv[257:, 2].double().mean(0, keepdim=True).expand(50, -1, -1), atol=1e-2, rtol=1e-2)
+
+
+def test_no_sequences():
+    for runs in ((), ((0, 257), (4, 0)), ((1, 0),) * 9):
+        qkv = torch.zeros(0, 3, 2, 64, device=DEVICE, requires_grad=True)
+        for impl in ("auto", "sdpa"):
+            out = attention(qkv, runs, impl)
+            assert out.shape == (0, 2, 64)
+            assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
+# --- one sequence knows nothing of the others -----------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["the pack", "around 64", "ragged"])
+def test_nan_stays_in_its_sequence(poison, name):
+    runs = PACKS[name]
+    qkv, dout = example(runs, heads=1, dtype=torch.float16)
+    clean = output_and_gradients(attention, qkv, runs, dout)
+    starts = torch.tensor([0] + [length for count, length in runs for _ in range(count)]).cumsum(0).tolist()
+    hurt = torch.zeros(len(qkv), dtype=torch.bool, device=DEVICE)
+    for start, stop in list(zip(starts, starts[1:]))[1::3]:
+        qkv[start:stop] = float("nan")
+        qkv[start:stop, 2] = float("inf")
+        hurt[start:stop] = True
+    ours = output_and_gradients(attention, qkv, runs, dout)
+    assert hurt.any() and ours["out"][hurt].isnan().all()
+    assert same_bits({k: v[~hurt] for k, v in ours.items()}, {k: v[~hurt] for k, v in clean.items()})
+
+
+@needs_kernels
+def test_rows_outside_every_sequence_stay_untouched(poison):
+    from custom_kernels import attention_triton as kernels
+    for runs in (((1, 257), (1, 50), (1, 70)), tuple((1, n) for n in (17, 1, 50, 70, 65, 3, 80, 64, 16))):
+        T = sum(count * length for count, length in runs)
+        qkv, dout = example((*runs, (1, 40)), dtype=torch.float16)
+        out, lse = kernels.forward(qkv, runs)
+        dqkv = kernels.backward(dout, qkv, out, lse, runs)
+        assert out[:T].isfinite().all() and lse[:, :T].isfinite().all() and dqkv[:T].isfinite().all()
+        assert out[T:].isnan().all() and lse[:, T:].isnan().all() and dqkv[T:].isnan().all()
+
+
+@needs_kernels
+def test_bits_do_not_depend_on_the_run_or_the_batch():
+    runs = ((2, 257), (3, 50), (1, 70))
+    qkv, dout = example(runs, heads=1, dtype=torch.float16)
+    batch = output_and_gradients(attention, qkv, runs, dout)
+    assert same_bits(batch, output_and_gradients(attention, qkv, runs, dout))
+    for start, length in ((257, 257), (564, 50), (664, 70)):
+        rows = slice(start, start + length)
+        alone = output_and_gradients(attention, qkv[rows], ((1, length),), dout[rows])
+        assert same_bits(alone, {name: x[rows] for name, x in batch.items()})
+
+
+# --- strides --------------------------------------------------------------------------------------------------------------------
+
+
+def layouts(qkv):
+    T, _, H, D = qkv.shape
+    padded = torch.full((T, 3, H, D + 8), float("nan"), dtype=qkv.dtype, device=qkv.device)
+    padded[..., :D] = qkv
+    longer = torch.cat([qkv.new_full((5, 3, H, D), float("nan")), qkv])
+    return {
+        "view of the projection": qkv.reshape(T, 3 * H * D).view(T, 3, H, D),
+        "padded last dimension": padded[..., :D],
+        "storage offset": longer[5:],
+        "every other token": torch.stack([qkv, torch.full_like(qkv, float("nan"))], 1).flatten(0, 1)[::2],
+        "q, k, v outermost": qkv.transpose(0, 1).contiguous().transpose(0, 1),
+        "heads outermost": qkv.movedim(2, 0).contiguous().movedim(0, 2),
+        "last stride not one": qkv.mT.contiguous().mT,
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(torch.zeros(1, 3, 1, 64)))
+def test_strides_of_qkv(layout):
+    runs = ((1, 70), (2, 50))
+    qkv, dout = example(runs, dtype=torch.float16)
+    strided = layouts(qkv)[layout]
+    a, b = (output_and_gradients(attention, x, runs, dout) for x in (qkv, strided))
+    assert torch.equal(strided, qkv) and (NO_KERNELS or same_bits(a, b))
+    for name in a:
+        assert_close(a[name], b[name])
+
+
+def test_strides_of_the_output_gradient():
+    runs = ((1, 70), (2, 50))
+    qkv, dout = example(runs, dtype=torch.float16)
+    for strided in (dout.transpose(0, 1).contiguous().transpose(0, 1), dout[:1, :1, :1].expand_as(dout), dout.mT.contiguous().mT,
+                    torch.stack([dout, dout], -1)[..., 0]):
+        a, b = (output_and_gradients(attention, qkv, runs, x) for x in (strided.contiguous(), strided))
+        for name in a:
+            assert_close(a[name], b[name])
+
+
+# --- behaves as an operator -----------------------------------------------------------------------------------------------------
+
+
+class Names(TorchDispatchMode):
+    """The names of the operators that run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@here_only
+def test_opcheck():
+    runs = [2, 9, 0, 4, 3, 5]
+    for qkv in (example(((2, 9), (3, 5)))[0], layouts(example(((2, 9), (3, 5)))[0])["heads outermost"]):
+        torch.library.opcheck(packed_attention, (qkv.requires_grad_(), runs))
+        out, lse = packed_attention(qkv.detach(), runs)
+        torch.library.opcheck(packed_attention_backward, (out.mT.contiguous().mT, qkv.detach(), out, lse, runs))
+
+
+@here_only
+def test_formula_of_the_gradient():
+    qkv = torch.randn(11, 3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attention(x, ((2, 3), (1, 4), (1, 1))), qkv)
+
+
+def test_no_second_derivative():
+    qkv, _ = example(((1, 5),))
+    gradient, = torch.autograd.grad(attention(qkv.requires_grad_(), ((1, 5),)).square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+@here_only
+@pytest.mark.parametrize("impl", ["auto", "sdpa"])  # through the operator, and around it
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph_under_autocast(impl, dynamic):
+    def step(qkv, runs):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return attention(qkv, runs, impl).float().square().mean()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for runs in (((2, 17), (3, 50)), ((4, 17), (5, 50))):
+        qkv, _ = example(runs)
+        eager, graph = (torch.autograd.grad(f(qkv.requires_grad_(), runs), qkv)[0] for f in (step, compiled))
+        assert_close(graph, eager)
+
+
+@here_only
+def test_dispatch_compiles_as_one_graph(monkeypatch):
+    monkeypatch.undo()  # the true use_triton
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for runs in (((2, 17), (3, 50)), ((4, 17), (5, 50))):
+        qkv, _ = example(runs)
+        assert_close(compiled(qkv, runs), attention(qkv, runs))
+
+
+def block(dim=128):
+    return vit.Block(dim, dim // 64, "mlp", layerscale=1.0).to(DEVICE)
+
+
+@here_only
+def test_activation_checkpointing():
+    """Recomputing the block gives the same gradients; a policy can name the operator and keep what it returned."""
+    m, runs, seen = block(), ((2, 17), (3, 5)), []
+    x = torch.randn(49, 128, device=DEVICE, requires_grad=True)
+
+    def keep_attention(ctx, op, *args, **kwargs):
+        if op == torch.ops.endodino.attention.default:
+            seen.append(ctx.is_recompute)
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    plain = torch.autograd.grad(m(x, runs).square().sum(), x)[0]
+    whole = torch.autograd.grad(checkpoint(m, x, runs, use_reentrant=False).square().sum(), x)[0]
+    chosen = checkpoint(m, x, runs, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(keep_attention))
+    with Names() as mode:
+        chosen = torch.autograd.grad(chosen.square().sum(), x)[0]
+    assert torch.equal(whole, plain) and torch.equal(chosen, plain) and seen[0] is False
+    assert "addmm" in mode.names and "attention" not in mode.names  # the rest is computed again
+
+
+@here_only
+def test_fully_sharded_in_bfloat16():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        m, runs, x = block(), ((2, 17), (3, 5)), torch.randn(49, 128, device=DEVICE)
+        m(x, runs).square().mean().backward()
+        exact = m.attn.qkv.weight.grad.clone()
+        m.zero_grad()
+        mesh = dist.init_device_mesh(DEVICE, (1,))
+        fully_shard(m, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+        with Names() as mode:
+            m(x, runs).float().square().mean().backward()
+        assert "attention" in mode.names
+        assert errors(m.attn.qkv.weight.grad.full_tensor(), exact.double())[0] < 0.03
+    finally:
+        dist.destroy_process_group()
+
+
+@here_only
+def test_flops():
+    """Two products of length x length x hd forward, five backward, as PyTorch counts its own fused attention."""
+    qkv, _ = example(((2, 257), (3, 50)))
+    with FlopCounterMode(display=False) as counter:
+        attention(qkv.requires_grad_(), ((2, 257), (3, 50))).sum().backward()
+    assert counter.get_total_flops() == 14 * (2 * 257**2 + 3 * 50**2) * 2 * 64
+
+
+@here_only
+@pytest.mark.parametrize("impl", ["auto", "sdpa"])
+def test_q_k_v_are_not_copied(monkeypatch, impl):
+    monkeypatch.setattr(module, "use_triton", lambda qkv, runs, _: impl == "auto")
+    m = block()
+    with Names() as mode, torch.no_grad():
+        m.attn(torch.randn(3 * 50, 128, device=DEVICE), ((3, 50),))
+    assert ("attention" in mode.names) == (impl == "auto")
+    assert not {"clone", "copy_", "_to_copy", "cat", "contiguous"} & set(mode.names), mode.names
+
+
+# --- which path -----------------------------------------------------------------------------------------------------------------
+
+
+@here_only
+def test_dispatch(monkeypatch, capsys):
+    """On a GPU whose kernels can be built (a stand-in for one): who takes what, and that it is said, once."""
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "why_no_triton_on", lambda device: None)
+    module.why_not_triton.cache_clear()
+    module.say_once.cache_clear()
+
+    def chosen(shape, dtype, runs, impl="auto"):
+        with torch.device("meta"):
+            qkv = torch.empty(shape, dtype=dtype)
+        monkeypatch.setattr(module, "triton_chosen", lambda device, *rest: choose(torch.device("cuda"), *rest))
+        return module.use_triton(qkv, runs, impl)
+
+    choose, bf16 = module.triton_chosen, torch.bfloat16
+    assert chosen((564, 3, 2, 64), bf16, ((2, 257), (1, 50))) and chosen((640, 3, 2, 64), torch.float16, ((1, 640),))
+    assert chosen((641, 3, 2, 64), bf16, ((1, 641),), "triton") and chosen((50, 3, 2, 64), torch.float32, ((1, 50),), "triton")
+    said = capsys.readouterr().out
+    assert said == "attention: Triton kernels\n"
+    assert not chosen((50, 3, 2, 64), bf16, ((1, 50),), "sdpa") and capsys.readouterr().out == ""
+    for lengths, head_dim, dtype, reason in (((641, 50), 64, bf16, "640 tokens"), ((50,), 32, bf16, "head dimension"),
+                                             ((50,), 64, torch.float32, "float32"), ((50,), 64, torch.float64, "float64")):
+        for _ in range(2):
+            assert not chosen((sum(lengths), 3, 2, head_dim), dtype, tuple((1, n) for n in lengths))
+        said = capsys.readouterr().out
+        assert said.startswith("attention: scaled_dot_product_attention") and reason in said and said.count("\n") == 1
+    for head_dim, dtype in ((32, bf16), (128, bf16), (64, torch.float64)):
+        with pytest.raises(ValueError, match="cannot run"):
+            chosen((50, 3, 2, head_dim), dtype, ((1, 50),), "triton")
+    monkeypatch.setenv("ENDODINO_ATTENTION", "sdpa")
+    assert not chosen((50, 3, 2, 64), bf16, ((1, 50),)) and "ENDODINO_ATTENTION=sdpa" in capsys.readouterr().out
+    module.why_not_triton.cache_clear()
+
+
+def test_refusals(monkeypatch):
+    monkeypatch.undo()
+    qkv = torch.zeros(50, 3, 2, 64)
+    with pytest.raises(ValueError, match="impl is 'flash'"):
+        attention(qkv, ((1, 50),), "flash")
+    for runs, x in ((((1, 49),), qkv), (((1, 50),), qkv[:, :2]), (((1, 50),), qkv.flatten(2))):
+        with pytest.raises(ValueError, match="qkv is"):
+            attention(x, runs)
+    if INTERPRETED:
+        with pytest.raises(ValueError, match="bfloat16"):
+            attention(qkv.bfloat16(), ((1, 50),), "triton")
+    else:
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1|not installed"):
+            attention(qkv, ((1, 50),), "triton")
+        for head_dim in (32, 64, 128):  # a CPU takes the library, whatever the width
+            x = torch.randn(20, 3, 2, head_dim)
+            assert_close(attention(x, ((2, 10),)), sdpa(x, ((2, 10),)))
+
+
+@needs_kernels
+def test_kernels_that_run(monkeypatch):
+    """impl="triton" reaches these kernels and no others."""
+    from custom_kernels import attention_triton as kernels
+    monkeypatch.undo()
+    launch, names = kernels.launch, []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *rest: (names.append(kernel.__name__), launch(kernel, *rest)))
+    hopper = kernels.compute_capability(torch.empty(0, device=DEVICE))[0] == 9
+    for dtype, length, expected in ((torch.float16, 257, ["fwd", "bwd_257"] if hopper else ["fwd", "bwd_dq", "bwd_dkdv"]),
+                                    (torch.float16, 50, ["fwd", "bwd_tile"]), (torch.float16, 65, ["fwd", "bwd_dq", "bwd_dkdv"]),
+                                    (torch.float32, 50, ["fwd", "bwd_dq", "bwd_dkdv"])):
+        qkv, dout = example(((1, length),), 1, dtype)
+        output_and_gradients(lambda x, runs: attention(x, runs, "triton"), qkv, ((1, length),), dout)
+        assert names == expected
+        names.clear()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_a_gpu_takes_the_kernels(monkeypatch):
+    monkeypatch.undo()
+    qkv, _ = example(((2, 257),), 6, torch.bfloat16)
+    with Names() as mode:
+        attention(qkv, ((2, 257),))
+    assert mode.names.count("attention") == 1 and "_scaled_dot_product_flash_attention" not in mode.names
+
+
+# --- child processes: the interpreter, and the compiler for GPUs that are not here --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def children():
+    """The interpreter and the compiler at work side by side: {name: function that waits and returns (return code, output)}."""
+    tests, aot = pathlib.Path(__file__), pathlib.Path(__file__).with_name("attention_aot.py")
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    commands = {
+        "interpreter": ([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests], plain | {"TRITON_INTERPRET": "1"}),
+        "compiler": ([sys.executable, aot, "90:bfloat16:257,50,1370", "80:bfloat16:257,50"], plain),
+    }
+    started = {name: subprocess.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tests.parents[1])
+               for name, (c, e) in commands.items()}
+    outputs = {}
+
+    def wait(name):
+        if name not in outputs:
+            outputs[name] = started[name].communicate()[0]
+        return started[name].returncode, outputs[name]
+
+    yield wait
+    for process in started.values():
+        process.kill()
+
+
+no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@here_only
+@no_triton
+@pytest.mark.parametrize("arch", [90, 80])
+def test_compiled_for(children, arch):
+    """No spills, no atomics, shared memory within the limit, and the products on tensor cores."""
+    code, output = children("compiler")
+    assert code == 0, output
+    kernels = [row for row in map(json.loads, output.splitlines()) if row["arch"] == arch]
+    names = [(row["kernel"], row["length"]) for row in kernels]
+    backward = [("bwd_257", 257)] if arch == 90 else [("bwd_dq", 257), ("bwd_dkdv", 257)]
+    hires = [("fwd", 1370), ("bwd_dq", 1370), ("bwd_dkdv", 1370)] if arch == 90 else []
+    assert names == [("fwd", 257), *backward, ("fwd", 50), ("bwd_tile", 50), *hires]
+    for row in kernels:
+        assert row["spills"] == row["atomics"] == 0 and row["programs_per_sm"] >= 1, row
+        assert row["shared"] <= (227 if arch == 90 else 99) * 1024, row  # 8.6 and 8.9 have less than 8.0
+        assert row["wgmma" if arch == 90 else "mma"] > 0, row
+
+
+@here_only
+@no_triton
+def test_again_with_kernels_interpreted(children):
+    code, output = children("interpreter")
+    assert code == 0 and "passed" in output, output[-5000:]

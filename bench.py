@@ -148,19 +148,7 @@ def bench_sinkhorn(argv):
                      for n in (args.rows, args.prototypes))
     logits, temp = x @ prototypes.T, 0.05  # cosines, as the head's
 
-    def textbook(logits, temp):
-        """DINOv2's loop, its divisions in place: two sums over the matrix and two divisions of it per iteration."""
-        q = torch.exp(logits / temp).t()
-        q /= q.sum()
-        for _ in range(3):
-            q /= q.sum(1, keepdim=True)
-            q /= q.shape[0]
-            q /= q.sum(0, keepdim=True)
-            q /= q.shape[1]
-        q *= q.shape[1]
-        return q.t()
-
-    forms = {"textbook loop, in place": textbook, "scaling vectors": sinkhorn, "logarithms (range too wide for exp)": sinkhorn_log_domain}
+    forms = {"textbook loop, in place": textbook_sinkhorn, "scaling vectors": sinkhorn, "logarithms (range too wide for exp)": sinkhorn_log_domain}
     forms = {name: lambda form=form: form(logits, temp) for name, form in forms.items()}
     times = seconds(forms, args.runs)
     slowest, exact = times["textbook loop, in place"], forms["textbook loop, in place"]()
@@ -170,6 +158,86 @@ def bench_sinkhorn(argv):
         rows.append([name, f"{times[name] * 1e3:.1f}", f"{slowest / times[name]:.2f}", f"{peak_bytes(form) / 2**20:.0f}", f"{error:.1e}"])
     table(f"Sinkhorn-Knopp, {args.rows} x {args.prototypes}, 3 iterations, temperature {temp}",
           ["form", "ms", "times faster", "peak MiB", "relative difference"], rows)
+
+
+def textbook_sinkhorn(logits, temp):
+    """DINOv2's loop, its divisions in place: two sums over the matrix and two divisions of it per iteration."""
+    q = torch.exp(logits.float() / temp).t()
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(1, keepdim=True)
+        q /= q.shape[0]
+        q /= q.sum(0, keepdim=True)
+        q /= q.shape[1]
+    q *= q.shape[1]
+    return q.t()
+
+
+def textbook_losses(student_global, student_local, student_patch, teacher, teacher_patch, masks, temp):
+    """DINOv2's form of the three cross-entropies: targets stored, one product and sum per pair of crops."""
+    def log_softmax(x):
+        return torch.log_softmax(x.float() / 0.1, dim=-1)
+    pairs, cls = 2 + 2 * len(student_local), textbook_sinkhorn(teacher.flatten(0, 1), temp).view(teacher.shape)
+    local = sum(-(target * s).sum(-1).mean() for s in map(log_softmax, student_local) for target in cls)
+    across = sum(-(target * s).sum(-1).mean() for target, s in zip(cls.flip(0), map(log_softmax, student_global)))
+    weight = (1 / masks.sum(1).clamp(min=1)).unsqueeze(1).expand_as(masks)[masks]
+    patch = (-(textbook_sinkhorn(teacher_patch, temp) * log_softmax(student_patch)).sum(-1) * weight).sum() / len(masks)
+    return (local + across) / pairs + patch
+
+
+def our_losses(student_global, student_local, student_patch, teacher, teacher_patch, masks, temp, kernels):
+    import dino_loss
+    os.environ["ENDODINO_PROTOTYPE_LOSS"] = "triton" if kernels else "torch"
+    targets, patch_targets = (dino_loss.teacher_targets(x, temp) for x in (teacher, teacher_patch))
+    return sum(dino_loss.dino_loss(student_global, student_local, targets)) + dino_loss.ibot_loss(student_patch, patch_targets, masks)
+
+
+@command
+def bench_loss(argv):
+    """Sinkhorn-Knopp and the DINO and iBOT cross-entropies, forward and backward from the logits: time, memory traffic, peak memory."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench.py loss", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64 if cuda else 4, help="frames; the rows of logits follow, for ViT-S, B and L alike")
+    parser.add_argument("--prototypes", type=int, nargs="+", default=[65536, 131072], help="K: of DINOv2's shared and of its separate heads")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the logits")
+    parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed calls of each candidate")
+    args = parser.parse_args(argv)
+    device, B, temp, rows = torch.device("cuda" if cuda else "cpu"), args.batch, 0.05, []
+    masks = torch.zeros(2 * B, 256, dtype=torch.bool, device=device)
+    masks[:B, :77] = True  # DINOv2 hides 30 % of the patches of half the crops
+    for K in args.prototypes:
+        generator = torch.Generator(device).manual_seed(0)
+        prototypes = torch.nn.functional.normalize(torch.randn(K, 256, device=device, generator=generator), dim=1)
+        shapes = (2, B), (8, B), (77 * B,), (2, B), (77 * B,)  # student: global, local, patches; teacher: global, patches
+        logits = [(torch.nn.functional.normalize(torch.randn(*shape, 256, device=device, generator=generator), dim=-1) @ prototypes.T)
+                  .to(getattr(torch, args.dtype)).requires_grad_(i < 3) for i, shape in enumerate(shapes)]
+        del prototypes
+        student, teacher = (sum(x.nbytes for x in part) for part in (logits[:3], logits[3:]))
+        moved = 7 * teacher + 3 * student  # 5 passes of Sinkhorn, 1 forward, 1 backward; 1 forward, 1 backward, the gradient written
+
+        def gradients(losses, **kwargs):
+            loss = losses(*logits, masks, temp, **kwargs)
+            return loss.detach(), torch.autograd.grad(loss, logits[:3])
+
+        forms = {"(a) textbook, as DINOv2 writes it": lambda: gradients(textbook_losses),
+                 "(b) scaling vectors, plain PyTorch": lambda: gradients(our_losses, kernels=False)}
+        if cuda:
+            forms["(c) Triton kernels, targets never stored"] = lambda: gradients(our_losses, kernels=True)
+        copy = torch.empty_like(logits[2])
+        times = seconds(forms | {"copy": lambda: copy.copy_(logits[2].detach())}, args.runs)
+        rate = 2 * copy.nbytes / times.pop("copy")
+        del copy
+        first, peaks = next(iter(forms)), {name: peak_bytes(form) for name, form in forms.items()}
+        for name, form in forms.items():
+            (loss, gradient), (exact, exact_gradient) = form(), forms[first]()
+            difference = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip((loss, *gradient), (exact, *exact_gradient)))
+            rows.append([f"{K:,}", name, f"{times[name] * 1e3:.1f}", f"{times[first] / times[name]:.2f}", f"{moved / times[name] / 1e9:.1f}",
+                         f"{moved / times[name] / rate:.0%}", f"{peaks[name] / 2**20:.0f}", f"{peaks[name] / peaks[first]:.0%}", f"{difference:.0e}"])
+            del loss, gradient, exact, exact_gradient
+    table(f"Loss head, batch {B}: {10 * B} student and {2 * B} teacher class tokens, {77 * B} patches, {args.dtype} logits; copy {rate / 1e9:.1f} GB/s",
+          ["K", "form", "ms", "times faster", "useful GB/s", "of the copy rate", "peak MiB", "of the textbook's", "difference"], rows)
+    print("\nUseful bytes: 7 reads of the teacher's logits, 2 reads of the student's and one write of their gradient, whatever the form moves."
+          + ("" if cuda else "\nOn a CPU (b) is what pretrain.py runs; the Triton kernels (c) need a GPU, and the batch is small so that this ends soon."))
 
 
 @command
@@ -449,6 +517,99 @@ def event_seconds(candidates, runs):
             if i >= 5:
                 times[name].append(start.elapsed_time(stop) / 1e3)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense tensor-core FLOP/s, by the makers' data sheets
+
+
+@command
+def bench_step(argv):
+    """ms, images/s, FLOP/s and peak memory of a whole pre-training step, and of its parts."""
+    from torch.utils.flop_counter import FlopCounterMode
+    import pretrain
+
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench.py step", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vits14", "vitb14", "vitl14"] if cuda else ["vitt14", "vits14"], help="architectures")
+    parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed steps of each architecture")
+    args, flags = parser.parse_known_args(argv)  # what is left are flags of pretrain.py
+    rows = []
+    for arch in args.archs:
+        run = pretrain.parse(["--arch", arch, "--resume", "no", "--steps", str(2 * args.runs + 8), *flags])
+        device = torch.device(run.device)
+        frames = pretrain.open_frames(run, print)
+        model = pretrain.build_model(run, print).train()
+        pretrain.distribute(model, run, device, world=1)
+        optimizer, autocast = pretrain.make_optimizer(model, run), pretrain.autocast_for(run, device)
+        schedules = pretrain.make_schedules(run, run.batch)
+        batches = pretrain.make_batches(run, frames, 0, 0, 1, device)
+        clock = Clock()
+
+        def load(step):
+            raw = next(batches)
+            clock("input wait")
+            batch = pretrain.data.augment(raw, device)
+            batch["kept"] = pretrain.draw_kept(model, batch, run.seed, step, 0)
+            clock("colour half of the crops")
+            return batch, {name: values[step] for name, values in schedules.items()}
+
+        def whole(step):
+            return pretrain.train_step(model, optimizer, *load(step), run.clip, autocast)
+
+        def in_parts(step):
+            """train_step, a part at a time; the teacher runs once more than in training, to be timed alone."""
+            batch, now = load(step)
+            masked = batch["masks"].flatten().nonzero().squeeze(1)
+            with autocast:
+                model.teacher_targets(batch["global_crops"], masked, float(now["temp"]))
+                clock("teacher and its targets")
+                terms = model(batch, float(now["temp"]))
+                clock("student and losses")
+            terms["loss"].backward()
+            clock("backward")
+            pretrain.clip_gradients(model.student, run.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            clock("clipping and AdamW")
+            model.update_teacher(float(now["momentum"]))
+            clock("moving average")
+
+        whole(0)
+        with FlopCounterMode(display=False) as counter:
+            whole(1)
+        held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+        peak = held + peak_bytes(lambda: whole(2))
+        steps = iter(range(3, run.steps))
+        in_parts(next(steps))
+        clock.parts.clear()
+        for _ in range(args.runs):
+            in_parts(next(steps))
+        parts = clock.medians()
+        parts["student and losses"] -= parts["teacher and its targets"]  # its forward runs the teacher too
+        step_s = seconds({"step": lambda: whole(next(steps))}, args.runs, warmup=0)["step"]
+        rate = counter.get_total_flops() / step_s
+        known = next((p for name, p in PEAK_BF16.items() if cuda and name in device_name()), None)
+        rows.append([arch, run.batch, f"{step_s * 1e3:.0f}", f"{run.batch / step_s:.1f}", *(f"{s * 1e3:.1f}" for s in parts.values()),
+                     f"{peak / 2**30:.1f}", f"{rate / 1e12:.3g}" + (f" ({rate / known:.0%})" if known else "")])
+    table(f"A training step, {run.global_size} and {run.local_crops} x {run.local_size} px, K = {run.prototypes}",
+          ["architecture", "frames", "step ms", "frames/s", *(f"{name} ms" for name in parts), "peak GiB",
+           "TFLOP/s (of peak)" if cuda else "TFLOP/s"], rows)
+
+
+class Clock:
+    """Seconds between its calls, by the name of the part that ended; medians over the steps."""
+
+    def __init__(self):
+        self.parts, self.last = {}, time.perf_counter()
+
+    def __call__(self, name):
+        synchronize()
+        now = time.perf_counter()
+        self.parts.setdefault(name, []).append(now - self.last)
+        self.last = now
+
+    def medians(self):
+        return {name: statistics.median(times) for name, times in self.parts.items()}
 
 
 def main(argv=None):

@@ -206,6 +206,22 @@ def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, wor
     assert_same_run(tmp_path, unbroken)
 
 
+def test_two_killed_processes_resume_to_the_bit(frames, tmp_path):
+    more = ["--save-every", 4]
+    finish(spawn([flags(frames, tmp_path / "unbroken", *more, steps=12)], world=2))
+    processes = spawn([flags(frames, tmp_path / "killed", *more, steps=12)], world=2)
+    while not (tmp_path / "killed" / "last.pt").exists():
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert final(tmp_path / "killed")["step"] < 12
+    finish(spawn([flags(frames, tmp_path / "killed", *more, steps=12)], world=2))
+    assert len(log(tmp_path / "killed")) == 12
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_saves_then_ends(frames, unbroken, tmp_path, monkeypatch, capsys, name):
     before, steps = signal.getsignal(getattr(signal, name)), []
@@ -241,6 +257,13 @@ def test_more_steps_say_how_the_schedules_change(frames, tmp_path, capsys):
     run(frames, tmp_path, steps=8)  # nothing left to do is no error
     with pytest.raises(SystemExit, match="already done 8 steps"):
         run(frames, tmp_path, steps=4)
+
+
+def test_recomputed_activations_change_nothing(frames, unbroken, tmp_path):
+    """Stochastic depth draws its samples before the blocks, so that computing a block again computes the same."""
+    run(frames, tmp_path, "--checkpoint-activations", "--drop-path", 0.5, steps=4)
+    run(frames, tmp_path / "kept", "--drop-path", 0.5, steps=4)
+    assert_same_run(tmp_path, tmp_path / "kept")
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -371,6 +394,39 @@ def test_failed_save_keeps_the_previous_checkpoint(frames, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="No space left on device"):
         run(frames, tmp_path, steps=4)
     assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp*"))
+
+
+# --- does it learn? ---------------------------------------------------------------------------------------------------
+
+
+def test_learns_and_is_watched_on_synthetic_frames(tmp_path, capsys):
+    """A short run on simulated videos: every term falls below chance, the prototypes stay in use, and the online probe keeps the
+    best teacher whatever its loss."""
+    import synthetic
+    synthetic.ensure(tmp_path / "frames", videos=4, frames=8, scale=0.15, size=80, workers=0)
+    argv = ["--arch", "tiny", "--recipe", "demo", "--device", "cpu", "--data", tmp_path / "frames" / "unlabelled", "--out", tmp_path / "run",
+            "--steps", 200, "--batch", 16, "--workers", 0, "--global-size", 56, "--local-size", 28, "--local-crops", 1, "--prototypes", 64,
+            "--head-hidden", 128, "--global-scale", 0.8, 1, "--local-scale", 0.5, 1, "--lr", 0.03, "--layerwise-decay", 1, "--momentum", 0.9,
+            "--teacher-temp", 0.04, "--koleo", 0.02, "--drop-path", 0, "--separate-heads", "--no-hue", "--no-grayscale", "--no-solarize",
+            "--log-every", 1, "--probe-every", 100, "--probe-data", tmp_path / "frames"]
+    pretrain.main([str(a) for a in argv])
+    lines = log(tmp_path / "run")
+    steps, probes = [r for r in lines if "loss" in r], [r for r in lines if "probe" in r]
+    for name in ("dino_global", "dino_local", "ibot"):  # with one local crop, two of the four pairs are global: chance is ln K / 2 for each
+        assert np.mean([r[name] for r in steps[-10:]]) < 0.9 * np.log(64) / 2, name
+    assert min(r["entropy_of_mean"] for r in steps[20:]) > 0.8 * np.log(64)  # the prototypes share the frames
+    assert "healthy" in capsys.readouterr().out
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert [r["step"] for r in probes] == [99, 199]
+    assert best["metrics"]["kappa"] == max(r["probe"]["kappa"] for r in probes) and best["step"] in (100, 200)
+
+
+def test_warns_of_collapse():
+    spread = {"kl_to_uniform": 2.0, "entropy_of_mean": 3.0, "prototypes_used": 30}
+    assert pretrain.collapse_warnings(spread, 64, 32) == []
+    for sign, words in (({"kl_to_uniform": 0.01}, "uniform"), ({"entropy_of_mean": 0.1}, "same prototypes"), ({"prototypes_used": 1}, "1 prototypes")):
+        (warning,) = pretrain.collapse_warnings(spread | sign, 64, 32)
+        assert words in warning
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vit
 from probe_classify import (FEW_SHOT, GRID, accuracy, arguments, confusion, evaluate, extract, knn_head, linear_head, macro_f1,
-                            markdown_table, minimise, one_sentence, open_sets, report, standardised_input)
+                            markdown_table, minimise, one_sentence, open_sets, report, standardised_input, whitening)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
     """
     x, y = x.double(), y.to(x.device)
     weight = x.new_ones(len(y)) if weight is None else weight.to(x)[y]
-    w = x.new_zeros(x.shape[1], requires_grad=True)
+    turn = whitening(x, l2)                                                                         # (D, D)
+    v = x.new_zeros(x.shape[1], requires_grad=True)
     first = x.new_full((1,), 1 - n_classes / 2, requires_grad=True)
     gaps = x.new_zeros(n_classes - 2, requires_grad=True)   # log of theta_c - theta_(c-1): keeps the thresholds in order
 
@@ -94,6 +95,7 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
         return torch.cat([first, first + gaps.exp().cumsum(0)])                                     # (C - 1,)
 
     def objective():
+        w = v @ turn
         upper = F.pad(thresholds(), (0, 1), value=torch.inf)[y] - x @ w                             # (n,)
         lower = F.pad(thresholds(), (1, 0), value=-torch.inf)[y] - x @ w
         # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - e^(l - u)), whose logarithm does not cancel
@@ -101,8 +103,8 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
         likelihood = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
         return -(weight * likelihood).sum() / weight.sum() + l2 / 2 * w.square().sum()
 
-    minimise(objective, [w, first, gaps])
-    return w.detach(), thresholds().detach()
+    minimise(objective, [v, first, gaps])
+    return (v @ turn).detach(), thresholds().detach()
 
 
 def ordinal_head(features, y, rows, n_classes, blocks, patch, l2, power):

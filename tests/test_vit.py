@@ -6,9 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
-from vit import ARCHS, VisionTransformer, build_vit, kept_rows, load_backbone, save_backbone
+from vit import ARCHS, VisionTransformer, build_vit, class_attention, kept_rows, load_backbone, main, principal_colours, save_backbone
 
 META = json.loads((pathlib.Path(__file__).parent / "reference" / "meta.json").read_text())
 CASES = [name for name in META if name.startswith("vit_")]
@@ -287,10 +288,47 @@ def test_load_refuses_bad_files_in_one_sentence(tmp_path, monkeypatch):
     pathlib.Path("cut legacy.pth").write_bytes(pathlib.Path("legacy.pth").read_bytes()[:300])
     pathlib.Path("code.pkl").write_bytes(pickle.dumps({"cls_token": Malicious()}, protocol=2))
     for name, words in {"truncated.pth": "truncated", "text.pth": "not a PyTorch checkpoint", "empty.pth": "not a PyTorch checkpoint",
-                        "two bytes.pth": "damaged", "cut legacy.pth": "damaged", "code.pth": "could run code", "code.pkl": "could run code"}.items():
+                        "two bytes.pth": "damaged", "cut legacy.pth": "damaged",
+                        "code.pth": "could run code", "code.pkl": "could run code"}.items():
         with pytest.raises(ValueError, match=words) as error:
             load_backbone(name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert not pathlib.Path("executed").exists()
     with pytest.raises(FileNotFoundError):
         load_backbone("absent.pth")
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_class_attention_is_that_of_the_last_block(filled):
+    """Of the second head, rebuilt from the block's parts; the columns of the class token and the registers are left out."""
+    model = filled(VisionTransformer(64, 2, 2, registers=4, image_size=28)).eval()
+    images = torch.randn(3, 3, 28, 42)
+    weights = class_attention(model, images)                                      # (3, 2, 6)
+    x = model.embed(images)                                                       # (3, 1 + 4 + 6, 64)
+    x = model.blocks[0](x.flatten(0, 1), ((3, 11),)).unflatten(0, (3, 11))
+    q, k, _ = model.blocks[1].attn.qkv(model.blocks[1].norm1(x)).chunk(3, dim=-1)  # (3, 11, 64): head 1 is the last 32 channels
+    expected = (q[:, :1, 32:] @ k[..., 32:].mT / 32 ** 0.5).softmax(-1)[:, 0, 5:]
+    assert_close(weights[:, 1], expected)
+
+
+def test_principal_colours_of_two_groups_are_two_colours():
+    tokens = torch.randn(1, 16).repeat(50, 1) * torch.tensor([1.0, -1.0]).repeat(25)[:, None] + 1e-3 * torch.randn(50, 16)
+    colours = principal_colours(tokens)
+    assert colours.shape == (50, 3) and colours.min() == 0 and colours.max() == 1
+    assert (colours[::2, 0] - colours[1::2, 0]).abs().min() > 0.9
+
+
+def test_show_writes_a_picture_of_images_of_any_shape(tmp_path, capsys):
+    save_backbone(tmp_path / "b.pt", build_vit("vitt14", depth=2, image_size=56), "vitt14")
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "wide one.png")
+    Image.radial_gradient("L").resize((50, 100)).save(tmp_path / "tall.jpg")
+    files = [str(tmp_path / name) for name in ("b.pt", "wide one.png", "tall.jpg")]
+    main([*files, "--show", str(tmp_path / "out.png"), "--size", "84"])
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (4 * 280, 16 + 4 * 2 + 184 + 276)                  # 84 x 56 px and 42 x 84 px, scaled to 276
+        assert len(picture.crop((284, 300, 400, 400)).getcolors()) > 3            # patches of the second image differ
+    for bad in ([files[1], files[2]], [files[0], str(tmp_path / "absent.png")]):
+        with pytest.raises(SystemExit, match=bad[1] if "absent" in bad[1] else "not a PyTorch checkpoint"):
+            main([*bad, "--show", str(tmp_path / "x.png")])

@@ -22,8 +22,8 @@ class DINOHead(nn.Module):
     """Three-layer MLP to a bottleneck on the unit sphere, then one weight-normalised linear map to the prototypes.
 
     (..., in_dim) -> (..., K) float32 logits. With sizes, the rows of consecutive groups in x (n, in_dim), a tuple of each group's
-    logits: their gradients, the largest tensors of a step, are then never copied together. Both factors of weight norm are trained and decayed, as DINOv2 does (DINO froze
-    the magnitude); the directions keep PyTorch's default initialisation."""
+    logits: their gradients, the largest tensors of a step, are then never copied together. Both factors of weight norm are
+    trained and decayed, as DINOv2 does (DINO froze the magnitude); the directions keep PyTorch's default initialisation."""
 
     def __init__(self, in_dim, n_prototypes, hidden_dim=2048, bottleneck_dim=256, n_layers=3):
         super().__init__()

@@ -53,7 +53,8 @@ def cross_entropy(student, targets, temp=0.1, shift=0, n_targets=1, impl="auto")
     rows, teacher = student.flatten(0, -2), targets.logits.flatten(0, -2)  # (n, K), (m, K)
     n, m = len(rows), len(teacher)
     if rows.shape[1] != teacher.shape[1] or n_targets not in (1, 2) or (n != m if shift == 0 else m == 0 or n * n_targets % m):
-        raise ValueError(f"student logits {tuple(student.shape)} cannot be paired with {n_targets} of the targets {tuple(targets.logits.shape)} each")
+        raise ValueError(f"student logits {tuple(student.shape)} cannot be paired with {n_targets} each of the targets "
+                         f"{tuple(targets.logits.shape)} at a shift of {shift} rows")
     if use_triton(rows, impl):
         loss = rowwise_cross_entropy(rows, teacher, targets.bias, temp, targets.temp, shift, n_targets)[0]
     else:
@@ -164,8 +165,8 @@ def rowwise_cross_entropy_backward(dloss: Tensor, student: Tensor, teacher: Tens
     """dloss / temp * (n_targets * softmax(student / temp) - sum of the targets), in the student's type: (n, K)."""
     if student.is_cuda or interpreted():
         from custom_kernels import prototype_loss_triton as kernels
-        return kernels.cross_entropy_backward(dloss.contiguous(), student.contiguous(), teacher.contiguous(), bias, student_lse, teacher_lse,
-                                              student_temp, teacher_temp, shift)
+        return kernels.cross_entropy_backward(dloss.contiguous(), student.contiguous(), teacher.contiguous(), bias,
+                                              student_lse, teacher_lse, student_temp, teacher_temp, shift)
     n_targets = teacher_lse.shape[1]
     pairs = paired_rows(len(student), len(teacher), shift, n_targets, student.device)
     x = teacher.to(wide(teacher)) / teacher_temp + bias                    # (m, K)

@@ -163,7 +163,8 @@ def cross_entropy(student, teacher, bias, student_temp, teacher_temp, shift, n_t
     teacher_lse = student.new_empty(n, n_targets, dtype=torch.float32)
     if n:
         cross_entropy_kernel[(n,)](student, teacher, bias, loss, student_lse, teacher_lse, K, len(teacher), shift,
-                                   LOG2E.value / student_temp, LOG2E.value / teacher_temp, T=n_targets, BLOCK=ROW_BLOCK, **LAUNCH | {"num_warps": 8})
+                                   LOG2E.value / student_temp, LOG2E.value / teacher_temp,
+                                   T=n_targets, BLOCK=ROW_BLOCK, **LAUNCH | {"num_warps": 8})
     return loss, student_lse, teacher_lse
 
 

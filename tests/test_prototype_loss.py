@@ -273,7 +273,8 @@ def one_of_two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     prototype_loss.use_triton = lambda logits, impl="auto": True
     logits, x = logits_and_inputs()
-    out = {"bias": sinkhorn_bias(logits[:3] if rank == 0 else logits[3:], 0.1), "empty": sinkhorn_bias(logits if rank == 0 else logits[:0], 0.1)}
+    out = {"bias": sinkhorn_bias(logits[:3] if rank == 0 else logits[3:], 0.1),
+           "empty": sinkhorn_bias(logits if rank == 0 else logits[:0], 0.1)}
     for name in ("ddp", "fsdp"):
         head, loss = head_and_loss()
         wrapped = DistributedDataParallel(head) if name == "ddp" else fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
@@ -339,7 +340,8 @@ def compiled(kernel, constants, dtype, warps):
 def test_compiles_for_hopper_without_spills(dtype):
     from custom_kernels import prototype_loss_triton as kernels
     tile = dict(ROWS=kernels.ROWS, COLUMNS=kernels.COLUMNS)
-    cases = [(kernels.row_lse_kernel, dict(tile, SLICE=kernels.COLUMN_SLICE), 4), (kernels.column_lse_kernel, dict(tile, SLICE=kernels.ROW_SLICE), 4)]
+    cases = [(kernels.row_lse_kernel, dict(tile, SLICE=kernels.COLUMN_SLICE), 4),
+             (kernels.column_lse_kernel, dict(tile, SLICE=kernels.ROW_SLICE), 4)]
     cases += [(kernel, dict(T=T, BLOCK=kernels.ROW_BLOCK), warps) for T in (1, 2)
               for kernel, warps in ((kernels.cross_entropy_kernel, 8), (kernels.cross_entropy_backward_kernel, 4))]
     for kernel, constants, warps in cases:

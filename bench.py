@@ -148,7 +148,8 @@ def bench_sinkhorn(argv):
                      for n in (args.rows, args.prototypes))
     logits, temp = x @ prototypes.T, 0.05  # cosines, as the head's
 
-    forms = {"textbook loop, in place": textbook_sinkhorn, "scaling vectors": sinkhorn, "logarithms (range too wide for exp)": sinkhorn_log_domain}
+    forms = {"textbook loop, in place": textbook_sinkhorn, "scaling vectors": sinkhorn,
+             "logarithms (range too wide for exp)": sinkhorn_log_domain}
     forms = {name: lambda form=form: form(logits, temp) for name, form in forms.items()}
     times = seconds(forms, args.runs)
     slowest, exact = times["textbook loop, in place"], forms["textbook loop, in place"]()
@@ -198,7 +199,7 @@ def bench_loss(argv):
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="bench.py loss", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--batch", type=int, default=64 if cuda else 4, help="frames; the rows of logits follow, for ViT-S, B and L alike")
-    parser.add_argument("--prototypes", type=int, nargs="+", default=[65536, 131072], help="K: of DINOv2's shared and of its separate heads")
+    parser.add_argument("--prototypes", type=int, nargs="+", default=[65536, 131072], help="K of the shared and of separate heads")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the logits")
     parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed calls of each candidate")
     args = parser.parse_args(argv)
@@ -231,13 +232,16 @@ def bench_loss(argv):
         for name, form in forms.items():
             (loss, gradient), (exact, exact_gradient) = form(), forms[first]()
             difference = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip((loss, *gradient), (exact, *exact_gradient)))
-            rows.append([f"{K:,}", name, f"{times[name] * 1e3:.1f}", f"{times[first] / times[name]:.2f}", f"{moved / times[name] / 1e9:.1f}",
-                         f"{moved / times[name] / rate:.0%}", f"{peaks[name] / 2**20:.0f}", f"{peaks[name] / peaks[first]:.0%}", f"{difference:.0e}"])
+            rows.append([f"{K:,}", name, f"{times[name] * 1e3:.1f}", f"{times[first] / times[name]:.2f}",
+                         f"{moved / times[name] / 1e9:.1f}", f"{moved / times[name] / rate:.0%}", f"{peaks[name] / 2**20:.0f}",
+                         f"{peaks[name] / peaks[first]:.0%}", f"{difference:.0e}"])
             del loss, gradient, exact, exact_gradient
-    table(f"Loss head, batch {B}: {10 * B} student and {2 * B} teacher class tokens, {77 * B} patches, {args.dtype} logits; copy {rate / 1e9:.1f} GB/s",
+    table(f"Loss head, batch {B}: {10 * B} student and {2 * B} teacher class tokens, {77 * B} patches, {args.dtype} logits; "
+          f"a copy moves {rate / 1e9:.1f} GB/s",
           ["K", "form", "ms", "times faster", "useful GB/s", "of the copy rate", "peak MiB", "of the textbook's", "difference"], rows)
-    print("\nUseful bytes: 7 reads of the teacher's logits, 2 reads of the student's and one write of their gradient, whatever the form moves."
-          + ("" if cuda else "\nOn a CPU (b) is what pretrain.py runs; the Triton kernels (c) need a GPU, and the batch is small so that this ends soon."))
+    print("\nUseful bytes: 7 reads of the teacher's logits, 2 reads of the student's and one write of their gradient, whatever a form "
+          "moves. The rows are those of ViT-S, B and L alike: heads see tokens, not widths."
+          + ("" if cuda else " On a CPU pretrain.py runs (b); the kernels (c) need a GPU, and the batch is small so that this ends soon."))
 
 
 @command

@@ -39,27 +39,34 @@ import vit
 # scratch and scratch-long are DINOv2's vitl16_short and vitl14/vitg14 configurations, except that local crops are 98 px
 # (96 is no multiple of 14) and ViT-L keeps its MLP (the SwiGLU L of the long configuration was never released).
 # adapt follows Meta's two-stage warm start (arXiv 2606.05107, FINO): new heads settle on a frozen backbone, then a ramp.
+# demo is ours, for hundreds of frames and steps. With DINOv2's values so short a run never leaves the plateau where teacher and
+# student are uniform: Sinkhorn spreads each of 2B rows over K / 2B prototypes, so K is small; the teacher is sharp and follows fast;
+# the crops are large and keep their colour, so that two crops of one frame have something in common to be found.
 RECIPES = {
     "scratch": dict(
         steps=125_000, batch=64, lr=4e-3, min_lr=1e-6, warmup=0.1, layerwise_decay=0.9, weight_decay=0.04, weight_decay_end=0.4,
-        momentum=0.992, temp_warmup=0.3, freeze_last_layer=0.01, freeze_backbone=0.0, backbone_ramp=0.0, drop_path=0.3,
-        prototypes=65536, bottleneck=256, separate_heads=False, centering="centering", global_size=224, local_size=98,
-        local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)),
+        momentum=0.992, teacher_temp_start=0.04, teacher_temp=0.07, temp_warmup=0.3, freeze_last_layer=0.01, freeze_backbone=0.0,
+        backbone_ramp=0.0, drop_path=0.3, prototypes=65536, bottleneck=256, separate_heads=False, centering="centering", koleo=0.1,
+        global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), hue=True, grayscale=True,
+        solarize=True),
     "scratch-long": dict(
         steps=625_000, batch=32, lr=2e-4, min_lr=1e-6, warmup=0.16, layerwise_decay=1.0, weight_decay=0.04, weight_decay_end=0.2,
-        momentum=0.994, temp_warmup=0.06, freeze_last_layer=0.002, freeze_backbone=0.0, backbone_ramp=0.0, drop_path=0.4,
-        prototypes=131072, bottleneck=384, separate_heads=True, centering="sinkhorn", global_size=224, local_size=98,
-        local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)),
+        momentum=0.994, teacher_temp_start=0.04, teacher_temp=0.07, temp_warmup=0.06, freeze_last_layer=0.002, freeze_backbone=0.0,
+        backbone_ramp=0.0, drop_path=0.4, prototypes=131072, bottleneck=384, separate_heads=True, centering="sinkhorn", koleo=0.1,
+        global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), hue=True, grayscale=True,
+        solarize=True),
     "adapt": dict(
         steps=25_000, batch=64, lr=2e-4, min_lr=-1.0, warmup=0.12, layerwise_decay=0.9, weight_decay=0.04, weight_decay_end=0.04,
-        momentum=0.994, temp_warmup=0.3, freeze_last_layer=0.018, freeze_backbone=0.4, backbone_ramp=0.04, drop_path=0.1,
-        prototypes=65536, bottleneck=256, separate_heads=True, centering="sinkhorn", global_size=224, local_size=98,
-        local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)),
+        momentum=0.994, teacher_temp_start=0.04, teacher_temp=0.07, temp_warmup=0.3, freeze_last_layer=0.018, freeze_backbone=0.4,
+        backbone_ramp=0.04, drop_path=0.1, prototypes=65536, bottleneck=256, separate_heads=True, centering="sinkhorn", koleo=0.1,
+        global_size=224, local_size=98, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), hue=True, grayscale=True,
+        solarize=True),
     "demo": dict(
-        steps=200, batch=16, lr=4e-3, min_lr=1e-6, warmup=0.1, layerwise_decay=0.9, weight_decay=0.04, weight_decay_end=0.4,
-        momentum=0.992, temp_warmup=0.3, freeze_last_layer=0.01, freeze_backbone=0.0, backbone_ramp=0.0, drop_path=0.1,
-        prototypes=4096, bottleneck=256, separate_heads=False, centering="sinkhorn", global_size=112, local_size=56,
-        local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)),
+        steps=200, batch=32, lr=1.2e-2, min_lr=1e-6, warmup=0.1, layerwise_decay=1.0, weight_decay=0.04, weight_decay_end=0.4,
+        momentum=0.9, teacher_temp_start=0.02, teacher_temp=0.03, temp_warmup=0.3, freeze_last_layer=0.01, freeze_backbone=0.0,
+        backbone_ramp=0.0, drop_path=0.0, prototypes=128, bottleneck=256, separate_heads=True, centering="sinkhorn", koleo=0.02,
+        global_size=98, local_size=42, local_crops=4, global_scale=(0.5, 1.0), local_scale=(0.2, 0.6), hue=False, grayscale=False,
+        solarize=False),
 }
 SHRINK_ON_CPU = ("steps", "batch", "prototypes", "global_size", "local_size")  # taken from demo where there is no GPU
 MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it; the others may not
@@ -461,9 +468,9 @@ def parse(argv=None):
     box("--local-scale", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("MIN", "MAX"), help="area of a local crop in the frame")
     box("--blur", default="as-executed", choices=data.BLUR, help="DINOv2's released weights were trained with the probabilities of its blur "
         "inverted: as-executed repeats that, as-written is the paper's")
-    box("--hue", action=argparse.BooleanOptionalAction, default=True, help="turn hues at random; colour is diagnostic in endoscopy, so try without")
-    box("--grayscale", action=argparse.BooleanOptionalAction, default=True, help="drop the colour of a fifth of the crops")
-    box("--solarize", action=argparse.BooleanOptionalAction, default=True, help="invert the light part of a fifth of the second global crops")
+    box("--hue", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="turn hues at random; colour is diagnostic in endoscopy, so try without")
+    box("--grayscale", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="drop the colour of a fifth of the crops")
+    box("--solarize", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="invert the light part of a fifth of the second global crops")
     box("--exact-decode", action="store_true", help="never let the JPEG decoder shrink a frame that is much larger than its crops")
 
     box = parser.add_argument_group("optimisation").add_argument
@@ -489,10 +496,10 @@ def parse(argv=None):
     box("--bottleneck", type=int, default=argparse.SUPPRESS, help="width before the prototypes (DINO head; 256 in a separate iBOT head)")
     box("--separate-heads", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="an iBOT head of its own")
     box("--centering", choices=("sinkhorn", "centering"), default=argparse.SUPPRESS, help="how the teacher is kept from collapse")
-    box("--teacher-temp", type=float, default=0.07, help="after its warm-up; lower is sharper")
-    box("--teacher-temp-start", type=float, default=0.04, help="at the first step; too high and nothing is learnt, too low and it collapses")
+    box("--teacher-temp", type=float, default=argparse.SUPPRESS, help="after its warm-up; lower is sharper")
+    box("--teacher-temp-start", type=float, default=argparse.SUPPRESS, help="at the first step; too high and nothing is learnt, too low and it collapses")
     box("--temp-warmup", type=float, default=argparse.SUPPRESS, help="fraction of the steps over which the temperature rises")
-    box("--koleo", type=float, default=0.1, help="weight of the term that spreads the class tokens; per process")
+    box("--koleo", type=float, default=argparse.SUPPRESS, help="weight of the term that spreads the class tokens; per process")
 
     box = parser.add_argument_group("run").add_argument
     box("--out", help="run folder; runs/<arch>-<recipe> if not given")

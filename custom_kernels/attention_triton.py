@@ -370,21 +370,24 @@ def launches(runs, device):
     """How many launches cover runs ((count, length), ...): a list of (count, length, first token, spans).
 
     One for each run where they are few; else one for the sequences of up to 64 tokens and one for the longer ones, with the
-    table `spans` (count, 2) of (first token, length), int32, on the device.
+    table `spans` (count, 2) of (first token, length), int32, copied to the device when these runs are first seen.
     """
     first, uniform, short, long = 0, [], [], []
     for count, length in runs:
-        uniform.append((count, length, first, None))
-        (short if length <= 64 else long).extend((first + i * length, length) for i in range(count if length else 0))
+        if count * length > 0:
+            uniform.append((count, length, first, None))
+            (short if length <= 64 else long).extend((first + i * length, length) for i in range(count))
         first += count * length
     if len(runs) > MANY:
         return [(len(spans), max(n for _, n in spans), 0, torch.tensor(spans, dtype=torch.int32, device=device))
                 for spans in (short, long) if spans]
-    return [(count, length, start, None) for count, length, start, _ in uniform if count * length]
+    return uniform
 
 
 def launch(kernel, options, tensors, qkv, count, length, first, spans):
     T, _, H, _ = qkv.shape
+    if length * max(qkv.stride(0), 3 * H * 64) >= 2**31:
+        raise ValueError(f"a sequence of {length} tokens spans more elements than a 32-bit offset within it can count")
     blocks = 1 if kernel in (bwd_tile, bwd_257) else triton.cdiv(length, 64)
     with torch.cuda.device_of(qkv):
         kernel[(count * H, blocks)](*tensors, first, length, spans, T, H, *qkv.stride()[:3], RAGGED=spans is not None,

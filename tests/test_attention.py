@@ -28,8 +28,10 @@ from custom_kernels.attention import attention, packed_attention, packed_attenti
 INTERPRETED = interpreted()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 NO_KERNELS = why_no_triton_on(torch.device(DEVICE))
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_kernels = pytest.mark.skipif(NO_KERNELS is not None, reason=f"the kernels run in the child process: {NO_KERNELS}")
 here_only = pytest.mark.skipif(INTERPRETED, reason="does not depend on the kernels")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter multiplies bfloat16 wrongly
 LIMITS = {torch.float32: (2e-6, 2e-6), torch.float16: (6e-4, 1.5e-3), torch.bfloat16: (4e-3, 1e-2)}  # output, gradients
 
@@ -38,7 +40,7 @@ PACKS = {  # up to eight runs are launched one by one, more share launches: "rag
     "short": ((2, 1), (1, 15), (1, 16), (1, 17), (0, 50), (2, 49), (3, 0), (1, 54)),
     "around 64": ((1, 32), (1, 33), (1, 63), (1, 64), (1, 65), (1, 128)),
     "around 257": ((1, 196), (1, 197), (1, 255), (1, 256), (1, 258), (1, 261), (1, 272), (1, 273)),
-    "ragged": ((1, 257), (2, 1), (1, 15), (1, 0), (1, 64), (2, 50), (1, 65), (1, 17), (1, 197), (0, 9), (1, 63), (1, 272), (1, 54)),
+    "ragged": ((1, 130), (2, 1), (1, 15), (1, 0), (1, 64), (2, 50), (1, 65), (1, 17), (1, 81), (0, 9), (1, 63), (1, 257), (1, 54)),
     "ragged, short": tuple((1, n) for n in (0, 1, 16, 17, 50, 49, 64, 33, 2)),
     "1025": ((1, 1025),),
     "1370": ((1, 1370),),
@@ -219,7 +221,7 @@ def test_strides_of_qkv(layout):
     qkv, dout = example(runs, dtype=torch.float16)
     strided = layouts(qkv)[layout]
     a, b = (output_and_gradients(attention, x, runs, dout) for x in (qkv, strided))
-    assert torch.equal(strided, qkv) and (NO_KERNELS or same_bits(a, b))
+    assert torch.equal(strided, qkv) and (not INTERPRETED or same_bits(a, b))  # elsewhere a sum over channels may go in another order
     for name in a:
         assert_close(a[name], b[name])
 
@@ -444,38 +446,38 @@ def test_a_gpu_takes_the_kernels(monkeypatch):
 # --- child processes: the interpreter, and the compiler for GPUs that are not here --------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def children():
-    """The interpreter and the compiler at work side by side: {name: function that waits and returns (return code, output)}."""
+@pytest.fixture(scope="module", autouse=True)
+def child(request):
+    """Those of the two that are asked for, at work beside the tests above: child(test name) -> (return code, output)."""
     tests, aot = pathlib.Path(__file__), pathlib.Path(__file__).with_name("attention_aot.py")
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     commands = {
-        "interpreter": ([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests], plain | {"TRITON_INTERPRET": "1"}),
-        "compiler": ([sys.executable, aot, "90:bfloat16:257,50,1370", "80:bfloat16:257,50"], plain),
+        "test_again_with_kernels_interpreted": (["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests], {"TRITON_INTERPRET": "1"}),
+        "test_compiled_for": ([aot, "90:bfloat16:257,50,1370", "80:bfloat16:257,50"], {}),
     }
-    started = {name: subprocess.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tests.parents[1])
-               for name, (c, e) in commands.items()}
+    asked = {item.originalname for item in request.session.items} if HAS_TRITON and not INTERPRETED else ()
+    started = {test: subprocess.Popen([sys.executable, *command], env=plain | more, cwd=tests.parents[1], text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+               for test, (command, more) in commands.items() if test in asked}
     outputs = {}
 
-    def wait(name):
-        if name not in outputs:
-            outputs[name] = started[name].communicate()[0]
-        return started[name].returncode, outputs[name]
+    def wait(test):
+        if test not in outputs:
+            outputs[test] = started[test].communicate()[0]
+        return started[test].returncode, outputs[test]
 
     yield wait
-    for process in started.values():
+    for test, process in started.items():
         process.kill()
-
-
-no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+        wait(test)
 
 
 @here_only
-@no_triton
+@needs_triton
 @pytest.mark.parametrize("arch", [90, 80])
-def test_compiled_for(children, arch):
+def test_compiled_for(child, arch):
     """No spills, no atomics, shared memory within the limit, and the products on tensor cores."""
-    code, output = children("compiler")
+    code, output = child("test_compiled_for")
     assert code == 0, output
     kernels = [row for row in map(json.loads, output.splitlines()) if row["arch"] == arch]
     names = [(row["kernel"], row["length"]) for row in kernels]
@@ -489,7 +491,10 @@ def test_compiled_for(children, arch):
 
 
 @here_only
-@no_triton
-def test_again_with_kernels_interpreted(children):
-    code, output = children("interpreter")
+@needs_triton
+def test_again_with_kernels_interpreted(child):
+    from custom_kernels import interpreter_defect
+    if interpreter_defect():
+        pytest.skip(interpreter_defect())
+    code, output = child("test_again_with_kernels_interpreted")
     assert code == 0 and "passed" in output, output[-5000:]

@@ -259,7 +259,8 @@ class MultiCrop(torch.utils.data.Dataset):
             index.append(used)
             bad += failed
         colour = torch.from_numpy(colour)
-        return {"global": pixels[0], "local": pixels[1], "global_colour": colour[:2].flatten(0, 1), "local_colour": colour[2:].flatten(0, 1),
+        return {"global": pixels[0], "local": pixels[1],
+                "global_colour": colour[:2].flatten(0, 1), "local_colour": colour[2:].flatten(0, 1),
                 "index": torch.tensor(index), "step": keys[0][0], "slots": [slot for _, slot, _, _ in keys], "bad": bad}
 
     def readable(self, epoch, frame):
@@ -716,7 +717,8 @@ def load_kvasir_seg(root):
         parts.append(np.array([index[stem(name)] for name in names]))
     groups = [patient(p) for p in paths]
     train, val = hold_out(parts[0], groups)
-    return Labelled(f"Kvasir-SEG, official {len(parts[0])}/{len(parts[1])}", paths, None, ("polyp",), groups, masks, [Split(train, val, parts[1])])
+    title = f"Kvasir-SEG, official {len(parts[0])}/{len(parts[1])}"
+    return Labelled(title, paths, None, ("polyp",), groups, masks, [Split(train, val, parts[1])])
 
 
 def hold_out(indices, groups, seed=0):
@@ -829,7 +831,8 @@ def recipe(colour):
     value = colour.tolist()
     words = [f"{('brightness', 'contrast', 'saturation', 'hue')[int(op)]} {value[int(op)]:.2f}"
              for op in value[4:8] if value[int(op)] != IDENTITY[int(op)]]
-    words += ["grayscale"] * bool(value[GRAYSCALE]) + [f"blur {value[SIGMA]:.2f}"] * bool(value[SIGMA]) + ["solarize"] * bool(value[SOLARIZE])
+    others = (("grayscale", GRAYSCALE), (f"blur {value[SIGMA]:.2f}", SIGMA), ("solarize", SOLARIZE))
+    words += [word for word, column in others if value[column]]
     return "\n".join(words or ["no change"])
 
 

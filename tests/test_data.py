@@ -3,8 +3,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -27,8 +25,8 @@ SMALL = dict(global_size=56, local_size=28, local_crops=3)  # the tests of order
 def picture(seed, height=120, width=150):
     """A PIL frame with structure at every scale, as an endoscope's has."""
     rng = np.random.default_rng(seed)
-    layers = [np.asarray(Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC), np.float32)
-              for n in (3, 12, 48)]
+    grids = [Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (3, 12, 48)]
+    layers = [np.asarray(grid.resize((width, height), Image.BICUBIC), np.float32) for grid in grids]
     return Image.fromarray((0.5 * layers[0] + 0.3 * layers[1] + 0.2 * layers[2]).clip(0, 255).astype(np.uint8))
 
 
@@ -125,7 +123,8 @@ def test_only_the_named_frames(folder, tmp_path):
     lines = tmp_path / "only.txt"
     lines.write_text(f"07\n01.jpg\nvideo0/03.jpg\n\nvideo2/11\n{folder}/video1/04.jpg\n07.jpg\n")
     frames = data.Frames(folder, only=lines)
-    assert [frames.name(i) for i in range(len(frames))] == ["video0/03.jpg", "video1/01.jpg", "video1/04.jpg", "video1/07.jpg", "video2/11.jpg"]
+    names = [frames.name(i) for i in range(len(frames))]
+    assert names == ["video0/03.jpg", "video1/01.jpg", "video1/04.jpg", "video1/07.jpg", "video2/11.jpg"]
     assert frames.video(4) == "video2"
     lines.write_text("01\nnowhere\n")
     with pytest.raises(FileNotFoundError, match="only.txt: 1 lines name no frame under .*'nowhere'"):
@@ -152,7 +151,9 @@ def test_no_frames_is_a_clear_error(tmp_path):
 
 def test_a_long_manifest_takes_bytes_per_frame(tmp_path):
     n = 20_000
-    (tmp_path / "manifest.csv").write_text("path,video\n" + "".join(f"video{i // 100:05d}/{i % 100:06d}.jpg,video{i // 100:05d}\n" for i in range(n)))
+    rows = [f"video{i // 100:05d}/{i % 100:06d}.jpg,video{i // 100:05d}" for i in range(n)]
+    (tmp_path / "manifest.csv").write_text("\n".join(["path,video", *rows]))
+    del rows
     tracemalloc.start()
     frames = data.Frames(tmp_path)
     held, peak = tracemalloc.get_traced_memory()
@@ -409,6 +410,7 @@ def test_a_block_adds_no_more_than_is_left():
 
 # ------------------------------------------------------------------------------------------------- order, repetition, resume
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
 @pytest.mark.parametrize("workers", (1, 3))
 def test_batches_do_not_depend_on_the_number_of_workers(folder, workers):
     multicrop = data.MultiCrop(data.Frames(folder), seed=5, **SMALL)
@@ -604,7 +606,7 @@ def test_kvasir_seg(tmp_path):
     split, = labelled.splits
     assert sorted(Path(labelled.paths[i]).stem for i in split.test) == [f"frame{i}" for i in range(15, 20)]
     assert len(split.train) == 14 and len(split.val) == 1 and labelled.labels is None
-    assert all(Path(mask).parent.name == "masks" and Path(mask).stem == Path(path).stem for path, mask in zip(labelled.paths, labelled.masks))
+    assert [mask.replace("/masks/", "/images/") for mask in labelled.masks] == labelled.paths
     groups_stay_apart(labelled)
     lists = root / "Data-split"
     lists.mkdir()
@@ -638,8 +640,9 @@ def test_pranet(tmp_path):
     for part, n in (("TrainDataset", 20), ("TestDataset/Kvasir", 4), ("TestDataset/CVC-300", 3)):
         kvasir_seg(tmp_path / "data" / part, n, suffix=".png")
     labelled = data.open_labelled(tmp_path, "polyps")
-    assert len(labelled.paths) == 24 and [len(p) for p in (labelled.splits[0].train, labelled.splits[0].val, labelled.splits[0].test)] == [18, 2, 4]
-    assert all("TestDataset/Kvasir/images" in labelled.paths[i] for i in labelled.splits[0].test)
+    split, = labelled.splits
+    assert len(labelled.paths) == 24 and [len(part) for part in (split.train, split.val, split.test)] == [18, 2, 4]
+    assert all("TestDataset/Kvasir/images" in labelled.paths[i] for i in split.test)
     assert len(data.load_pranet(tmp_path, "CVC-300").splits[0].test) == 3
     with pytest.raises(FileNotFoundError, match="TestDataset/ETIS"):
         data.load_pranet(tmp_path, "ETIS-LaribPolypDB")
@@ -647,16 +650,17 @@ def test_pranet(tmp_path):
 
 def limuc(root, by_patient=False, lists=True):
     """15 patients with two frames of each grade; patients 12 to 14 are the test set. Returns the ten lists."""
+    def names(patients, grade):  # UC_patient_3_9 stands under all four classes
+        return [f"UC_patient_{p}_{2 * grade + i if (p, i) != (3, 1) else 9}.bmp" for p in patients for i in range(2)]
+
     for p in range(15):
+        part = "test_set" if p >= 12 else "train_and_validation_sets"
+        place = f"patient_based_classified_images/{p}" if by_patient else part
         for grade in range(4):
-            for i in range(2):
-                part = "test_set" if p >= 12 else "train_and_validation_sets"
-                place = f"patient_based_classified_images/{p}" if by_patient else part
-                number = 2 * grade + i if (p, i) != (3, 1) else 9  # UC_patient_3_9 stands under all four classes
-                save(root / place / f"Mayo {grade}" / f"UC_patient_{p}_{number}.bmp")
-    folds = [{part: {f"Mayo {g}": [f"UC_patient_{p}_{2 * g + i if (p, i) != (3, 1) else 9}.bmp" for p in range(12) if (p in val) == (part == "val")
-                                   for i in range(2)] for g in range(4)} for part in ("train", "val")}
-             for val in [{k, (k + 1) % 12} for k in range(10)]]
+            for name in names([p], grade):
+                save(root / place / f"Mayo {grade}" / name)
+    parts = [{"train": sorted(set(range(12)) - {k, k + 1}), "val": [k, k + 1]} for k in range(10)]
+    folds = [{part: {f"Mayo {g}": names(patients, g) for g in range(4)} for part, patients in fold.items()} for fold in parts]
     for k, fold in enumerate(folds if lists else []):
         for part, listed in fold.items():
             path = root / f"cross_validation_folds_train_val_info/fold_{k}/{part}.json"
@@ -781,10 +785,12 @@ def test_show_draws_a_sheet(folder, tmp_path, capsys):
     data.main(["--data", str(folder), "--frame", "3", "--show", str(tmp_path / "sheet.png")])
     assert "12 frames of 3 videos" in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape[1] > 4 * 224 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 10_000
-    for argv, words in ((["--data", str(tmp_path / "nowhere")], "nowhere: no such folder"), (["--data", str(folder), "--frame", "12"], "2")):
-        with pytest.raises(SystemExit, match=words):
-            data.main(argv)
+    assert sheet.shape[1] > 4 * 224 and len(np.unique(sheet.astype(int) @ [65536, 256, 1])) > 10_000
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
+        data.main(["--data", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        data.main(["--data", str(folder), "--frame", "12"])
+    assert "--frame 12: " in capsys.readouterr().err
 
 
 def test_without_data_the_synthetic_frames_are_shown(folder, tmp_path, monkeypatch):
@@ -794,8 +800,3 @@ def test_without_data_the_synthetic_frames_are_shown(folder, tmp_path, monkeypat
     monkeypatch.setattr(synthetic, "ensure", lambda: tmp_path / "set")
     data.main(["--show", str(tmp_path / "sheet.png")])
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
-
-
-def test_importing_touches_nothing_else():
-    code = "import sys, data; sys.exit(any(m in sys.modules for m in ('synthetic', 'vit', 'triton', 'pretrain')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent).returncode == 0

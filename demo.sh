@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# All of it in a quarter of an hour on two cores: synthetic frames, curation, pre-training with an online probe, three probes, figures.
+#
+#     ./demo.sh                      everything; the results lie in runs/demo
+#     DEMO_STEPS=20 ./demo.sh        a quick look at every stage; the results lie in runs/demo-20
+#
+# Stopped half-way, the same command goes on: a stage that is done has left its printed output in NAME.md and is skipped.
+set -euo pipefail
+trap 'exit 130' INT TERM
+cd "$(dirname "$0")"
+export PYTHONUNBUFFERED=1
+
+steps=${DEMO_STEPS:-500}
+out=runs/demo${DEMO_STEPS:+-$DEMO_STEPS}
+python=${PYTHON:-.venv/bin/python}
+if [ ! -x "$(command -v "$python")" ]; then
+    python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt
+fi
+mkdir -p "$out"
+
+stage() {  # NAME COMMAND...: run the command unless it is done; what it prints is kept in NAME.md
+    local kept=$out/$1.md
+    shift
+    if [ -e "$kept" ]; then
+        printf '== %s: done before\n' "$kept"
+        return
+    fi
+    printf '\n== %s\n' "$*"
+    "$@" | tee -i "$kept.part"
+    mv "$kept.part" "$kept"
+}
+
+# shellcheck disable=SC2086  # DEMO_FRAMES holds several flags
+stage frames "$python" synthetic.py data/synthetic ${DEMO_FRAMES:-} --sheet "$out/synthetic.png"
+stage curation "$python" curate.py --data data/synthetic/unlabelled --out "$out/curated" --target "${DEMO_TARGET:-400}"
+stage pretraining "$python" pretrain.py --arch vitt14 --recipe demo --data "$out/curated/manifest.csv" --out "$out" \
+    --steps "$steps" --save-every $((steps / 10 + 1)) --probe-every $((steps / 5 + 1))
+if [ ! -e "$out/teacher_$steps.pt" ]; then  # a signal ended it, after it had saved
+    rm -f "$out/pretraining.md"
+    exit 130
+fi
+stage landmarks "$python" probe_classify.py "$out/best.pt"
+stage polyps "$python" probe_segment.py "$out/best.pt" --heads linear --steps 200
+stage mes "$python" probe_mes.py "$out/best.pt"
+
+frames=(data/synthetic/Kvasir-SEG/images/*_0.jpg)
+stage crops "$python" data.py --data data/synthetic/unlabelled --show "$out/crops.png"
+stage tokens "$python" vit.py "$out/best.pt" "${frames[@]:0:4}" --show "$out/tokens.png"
+stage curve "$python" probe_mes.py --curve "$out"
+stage histogram "$python" probe_mes.py --histogram --out "$out/histogram.png"
+
+cat "$out"/{landmarks,polyps,mes,curve}.md
+"$python" - "$out/log.jsonl" <<'END'
+import json, sys
+loss = [row["loss"] for row in map(json.loads, open(sys.argv[1])) if "loss" in row]
+print(f"\nTotal pre-training loss: {loss[0]:.3f} at the first step, {loss[-1]:.3f} at the last logged one")
+END
+printf '\nPictures:\n'
+ls -1 "$out"/*.png "$out"/curated/*.png

@@ -401,14 +401,16 @@ class Skipped:
         self.frames, self.world, self.read, self.bad = frames, world, 0, {}
 
     def update(self, batch):
+        """Count a batch; returns the messages of frames that failed for the first time. Raises SystemExit when they are too many."""
+        new = {frame: message for frame, message in batch["bad"] if frame not in self.bad}
         self.read += len(batch["index"])
-        for frame, message in batch["bad"]:
-            if frame not in self.bad:
-                self.bad[frame] = message
-                print(f"skipped frame {message} ({len(self.bad)} unreadable so far, of {len(self.frames)})", file=sys.stderr)
+        for frame, message in new.items():
+            self.bad[frame] = message
+            print(f"skipped frame {message} ({len(self.bad)} unreadable so far, of {len(self.frames)})", file=sys.stderr)
         if len(self.bad) > 0.01 * min(len(self.frames), max(self.read, len(self.frames) / self.world)):
             raise SystemExit(f"{len(self.bad)} of {len(self.frames)} frames cannot be read, more than 1 %; repair or remove them:\n  "
                              + "\n  ".join(self.bad.values()))
+        return list(new.values())
 
 
 # -------------------------------------------------------------------------------------------- multi-crop: the device's half

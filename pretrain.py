@@ -654,6 +654,13 @@ def make_batches(args, frames, start, rank, world, device):
     return iter(data.loader(multicrop, sampler, masks, args.workers, pin=device.type == "cuda"))
 
 
+def next_batch(batches):
+    try:
+        return next(batches)
+    except data.BadImage as error:
+        raise SystemExit(str(error)) from error
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -692,8 +699,9 @@ def run(args, device, rank, world, stop):
 
     for step in range(progress["step"], args.steps):
         with log.waiting():
-            raw = next(batches)
-        skipped.update(raw)
+            raw = next_batch(batches)
+        if unreadable := skipped.update(raw):
+            log.write({"step": step, "unreadable": unreadable})
         batch = data.augment(raw, device)
         batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
         now = {name: values[step] for name, values in schedules.items()}

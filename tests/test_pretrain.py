@@ -328,6 +328,20 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(pretrain.data, "augment", augment_or_nan)
 
 
+def test_unreadable_frames_are_logged_and_too_many_stop_the_run(frames, tmp_path):
+    """One empty file among 120 is replaced and named; among 24 it is more than 1 %."""
+    for copy in range(5):
+        for path in frames.iterdir():
+            (tmp_path / "many" / f"{copy}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "many" / f"{copy}" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "many" / "0" / "00.png").write_bytes(b"")
+    run(tmp_path / "many", tmp_path / "run", steps=30)
+    named = [line["unreadable"] for line in log(tmp_path / "run") if "unreadable" in line]
+    assert len(named) == 1 and len(named[0]) == 1 and "0/00.png" in named[0][0]
+    with pytest.raises(SystemExit, match="1 of 24 frames cannot be read, more than 1 %(.|\n)*00.png"):
+        run(tmp_path / "many" / "0", tmp_path / "few", steps=30)
+
+
 @pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
 def test_a_poisoned_batch_stops_the_run_and_reaches_no_checkpoint(frames, tmp_path, monkeypatch, centering):
     poison(monkeypatch, {3})

@@ -83,27 +83,28 @@ def fit_linear(x, y, n_classes, l2, weight=None):
     """Multinomial logistic regression: argmin mean cross-entropy + l2/2 |W|^2, the bias not penalised (DINOv2's log-reg).
 
     x (n, D), y (n,) in 0..n_classes-1; weight (n_classes,) makes the mean a weighted one. L-BFGS in float64 from zero
-    to its minimum (see whitening and minimise), with a warning if that is not reached. Returns an nn.Linear in x's precision.
+    to its minimum (see whitening and minimise), with a warning if that is not reached. A class without frames gets probability 0,
+    the limit of the minimum: weights 0 and bias -inf. Returns an nn.Linear in x's precision.
     Features are taken as they are: standardise them first, so that one l2 means the same for every backbone.
     """
     if not len(x):
         raise ValueError("fit_linear needs at least one training frame")
-    wide, y = x.double(), y.to(x.device)
-    weight = None if weight is None else weight.to(wide)
+    wide, (present, y) = x.double(), y.to(x.device).unique(return_inverse=True)
+    weight = None if weight is None else weight.to(wide)[present]
     turn = whitening(wide, l2)                                                                      # (D, D)
-    v = wide.new_zeros(n_classes, x.shape[1], requires_grad=True)
-    b = wide.new_zeros(n_classes, requires_grad=True)
+    v = wide.new_zeros(len(present), x.shape[1], requires_grad=True)
+    b = wide.new_zeros(len(present), requires_grad=True)
 
     def objective():
         w = v @ turn
         return F.cross_entropy(F.linear(wide, w, b), y, weight) + l2 / 2 * w.square().sum()
 
     minimise(objective, [v, b])
-    w = v @ turn
     head = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, dtype=x.dtype, device=x.device)  # draws no random number
-    head.weight.data.copy_(w.detach())
-    head.bias.data.copy_(b.detach())
-    return head.requires_grad_(False)
+    head.requires_grad_(False)
+    head.weight.zero_()[present] = (v @ turn).detach().to(x.dtype)
+    head.bias.fill_(-torch.inf)[present] = b.detach().to(x.dtype)
+    return head
 
 
 def whitening(x, l2):
@@ -115,10 +116,12 @@ def whitening(x, l2):
     return torch.linalg.solve_triangular(torch.linalg.cholesky(curvature), identity, upper=False)
 
 
-def minimise(objective, params, tolerance=1e-8, max_iter=2000):
-    """Bring a smooth objective() of float64 params to its minimum, in place: until no gradient entry exceeds the tolerance."""
+def minimise(objective, params, tolerance=1e-7, max_iter=2000):
+    """Bring a smooth objective() of float64 params to its minimum, in place: until no gradient entry exceeds the tolerance, or
+    the objective, of order 1, has no digits left to change.
+    """
     solver = torch.optim.LBFGS(params, max_iter=max_iter, max_eval=2 * max_iter, tolerance_grad=tolerance,
-                               tolerance_change=0, history_size=20, line_search_fn="strong_wolfe")
+                               tolerance_change=1e-15, history_size=100, line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()

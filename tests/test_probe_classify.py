@@ -1,0 +1,381 @@
+"""probe_classify.py: metrics and kNN against recorded numbers, the fit against Newton's method, what is cached, the whole command."""
+import json
+import pathlib
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import probe_classify as pc
+import vit
+
+METRICS = json.loads((pathlib.Path(__file__).parent / "reference" / "metrics.json").read_text())
+
+
+def tiny_vit(depth=4, seed=0):
+    torch.manual_seed(seed)
+    return vit.VisionTransformer(dim=64, depth=depth, heads=1, image_size=56, layerscale=1.0).eval().requires_grad_(False)
+
+
+def frame(path, label, seed):
+    """Noise with stripes whose direction is the label's."""
+    rng = np.random.default_rng((seed, label))
+    y, x = np.mgrid[:40, :48]
+    stripes = 60 * np.sin(0.8 * (x * np.cos(label) + y * np.sin(label)) + rng.uniform(0, 6))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((rng.normal(120, 25, (40, 48, 3)) + stripes[..., None]).clip(0, 255).astype(np.uint8)).save(path)
+
+
+def hyper_kvasir(root, seed=0, counts=(("cecum", 15), ("ileum", 2), ("pylorus", 10)), first_fold=0):
+    """HyperKvasir's tree with official folds: two ileum frames, so that three of five folds have none."""
+    lines = ["file-name;class-name;split-index"]
+    for label, (name, n) in enumerate(counts):
+        tract = "upper" if name == "pylorus" else "lower"
+        for i in range(n):
+            frame(root / f"labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}/{name}{seed}x{i}.jpg", label, 100 * seed + i)
+            lines.append(f"{name}{seed}x{i}.jpg;normal-{name};{i * 5 // n if n >= 5 else i}")
+    (root / "official_splits").mkdir(exist_ok=True)
+    (root / "official_splits/5_fold_split.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_equal_the_reference(name):
+    case = METRICS[name]
+    true, pred, n = case["true"], case["pred"], case["n_classes"]
+    assert pc.accuracy(true, pred) == pytest.approx(case["accuracy"], abs=1e-12)
+    assert pc.macro_f1(true, pred, n) == pytest.approx(case["macro_f1"], abs=1e-12)
+    assert pc.confusion(true, pred, n).tolist() == case["confusion"]
+
+
+def test_metrics_of_nothing_and_of_wrong_labels():
+    empty = torch.empty(0, dtype=torch.long)
+    assert np.isnan(pc.accuracy(empty, empty)) and np.isnan(pc.macro_f1(empty, empty, 3))
+    assert pc.confusion(empty, empty, 3).sum() == 0
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        pc.confusion(torch.tensor([0, 3]), torch.tensor([0, 1]), 3)
+
+
+def test_bootstrap_draws_whole_groups():
+    value = np.repeat([0.0, 1.0, 2.0, 3.0], 50)  # four patients, each with 50 equal frames
+    low, high = pc.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
+    assert low < 0.6 and high > 2.4  # by frames it would be 1.5 +- 0.16
+    assert (low, high) == pc.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
+    alone = pc.bootstrap_interval(lambda rows: [1.0, 2.0], ["a", "a"])
+    assert np.isnan(alone).all() and np.shape(alone) == (2, 2)
+    assert np.isnan(pc.bootstrap_interval(lambda rows: float("nan"), ["a", "b"], n=5)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+@pytest.mark.parametrize("k", [5, 20])
+def test_knn_equals_the_reference(reference, k):
+    z = {name: torch.from_numpy(a) for name, a in reference("knn").items()}
+    expected = z[f"probs_k{k}"]
+    torch.testing.assert_close(pc.knn_probabilities(z["train_x"], z["train_y"], z["test_x"], k, 0.07, 5), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(pc.knn_predict(z["train_x"], z["train_y"], z["test_x"], k=k, n_classes=5), expected.argmax(1))
+
+
+def test_knn_with_few_frames_and_ties():
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([1, 0])
+    assert pc.knn_predict(x, y, torch.tensor([[3.0, 0.1], [0.1, 5.0]])).tolist() == [1, 0]  # k = 20 is cut to 2
+    assert pc.knn_predict(x, y, torch.tensor([[1.0, 2.0]]) @ torch.diag(torch.tensor([2.0, 1.0])), n_classes=4).tolist() == [0]
+    assert pc.knn_probabilities(x, y, torch.ones(3, 2), n_classes=4).shape == (3, 4)
+    with pytest.raises(ValueError, match="one training frame"):
+        pc.knn_predict(x[:0], y[:0], x)
+
+
+def problem(n=60, dim=6, n_classes=3, seed=0, overlap=1.0):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % n_classes
+    means = torch.randn(n_classes, dim, generator=g, dtype=torch.double)
+    return means[y] + overlap * torch.randn(n, dim, generator=g, dtype=torch.double), y
+
+
+def objective(w, b, x, y, l2, weight):
+    """Mean (weighted) cross-entropy + l2/2 |W|^2, written out."""
+    z = x @ w.T + b
+    nll = z.exp().sum(1).log() - z[torch.arange(len(y)), y]
+    share = torch.ones(len(y), dtype=x.dtype) if weight is None else weight[y]
+    return (share * nll).sum() / share.sum() + l2 / 2 * (w**2).sum()
+
+
+def newton(x, y, n_classes, l2, weight):
+    """The minimum by Newton's method with the whole Hessian. The biases' common constant is fixed by a start at 0 (lstsq)."""
+    split = n_classes * x.shape[1]
+    f = lambda p: objective(p[:split].view(n_classes, -1), p[split:], x, y, l2, weight)
+    p = torch.zeros(split + n_classes, dtype=torch.double)
+    for _ in range(50):
+        g, h = torch.autograd.functional.jacobian(f, p), torch.autograd.functional.hessian(f, p)
+        step = torch.linalg.lstsq(h, g, driver="gelsd").solution
+        t = 1.0
+        while f(p - t * step) > f(p) and t > 1e-9:
+            t /= 2
+        p = p - t * step
+    assert torch.autograd.functional.jacobian(f, p).abs().max() < 1e-12
+    return p[:split].view(n_classes, -1), p[split:]
+
+
+@pytest.mark.parametrize("l2, weight", [(1.0, None), (1e-2, None), (1e-4, None), (1e-2, (1.0, 0.2, 3.0)), (0.0, None)])
+def test_fit_linear_equals_newton(l2, weight):
+    x, y = problem(overlap=1.0 if l2 else 4.0)  # without a penalty the classes must overlap, or there is no minimum
+    weight = None if weight is None else torch.tensor(weight, dtype=torch.double)
+    head, (w, b) = pc.fit_linear(x, y, 3, l2, weight), newton(x, y, 3, l2, weight)
+    centred = (lambda m: m - m.mean(0)) if l2 == 0 else (lambda m: m)  # without a penalty a common shift of all rows is free
+    torch.testing.assert_close(centred(head.weight), centred(w), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head.bias - head.bias.mean(), b - b.mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("l2", [10.0, 1e-1, 1e-4])
+@pytest.mark.parametrize("shape", ["tall", "more dimensions than frames", "collinear"])
+def test_fit_linear_leaves_no_gradient(l2, shape):
+    x, y = problem(*{"tall": (200, 10), "more dimensions than frames": (30, 120), "collinear": (200, 10)}[shape])
+    if shape == "collinear":  # badly scaled as well
+        x = torch.cat([x, x @ torch.randn(10, 10, dtype=torch.double), 1e-3 * x, 100 * x[:, :1], torch.zeros(200, 1)], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head = pc.fit_linear(x, y, 3, l2).requires_grad_(True)
+    grads = torch.autograd.grad(objective(head.weight, head.bias, x, y, l2, None), [head.weight, head.bias])
+    assert max(g.abs().max().item() for g in grads) < 1e-6 * x.square().sum(1).mean().sqrt().item()
+
+
+def test_fit_linear_does_not_penalise_the_bias():
+    x, y = problem(60)
+    y = torch.where(torch.arange(60) < 45, 0, torch.where(torch.arange(60) < 55, 1, 2))
+    head = pc.fit_linear(x, y, 3, 1e9)
+    assert head.weight.abs().max() < 1e-6
+    torch.testing.assert_close(head.bias.softmax(0), torch.tensor([45, 10, 5]) / 60, check_dtype=False)
+
+
+def test_weights_count_like_copies():
+    x, y = problem(30)
+    copies = torch.cat([torch.arange(30), torch.nonzero(y == 1)[:, 0]])
+    ours, theirs = pc.fit_linear(x, y, 3, 0.01, torch.tensor([1.0, 2.0, 1.0])), pc.fit_linear(x[copies], y[copies], 3, 0.01)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_fit_linear_with_an_absent_class_and_without_frames():
+    x, y = problem(40)
+    x, y = x[y != 1], y[y != 1]
+    state = torch.get_rng_state()
+    head = pc.fit_linear(x.float(), y, 3, 0.1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert head.weight.dtype == torch.float32 and not head.weight.requires_grad
+    assert head.bias[1] == -torch.inf and not head.weight[1].any() and head(x.float()).softmax(1)[:, 1].eq(0).all()
+    two = pc.fit_linear(x, y // 2, 2, 0.1)  # the other classes are fitted as if it did not exist
+    torch.testing.assert_close(head.weight[[0, 2]], two.weight.float())
+    assert pc.fit_linear(x[:1], y[:1], 3, 0.1)(x).argmax(1).unique().tolist() == [y[0]]  # one frame of one class
+    with pytest.raises(ValueError, match="one training frame"):
+        pc.fit_linear(x[:0], y[:0], 3, 0.1)
+
+
+def test_a_fit_that_stops_early_warns():
+    x, y = problem()
+    w = torch.zeros(3, 6, dtype=torch.double, requires_grad=True)
+    with pytest.warns(UserWarning, match="gradient entry of .* after 2 iterations"):
+        pc.minimise(lambda: F.cross_entropy(x @ w.T, y), [w], max_iter=2)
+
+
+def planted_features(n=40, dim=8, n_blocks=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {"cls": torch.randn(n, n_blocks, dim, generator=g), "patch": torch.randn(n, dim, generator=g)}
+
+
+@pytest.mark.parametrize("blocks, patch, width", [(1, False, 8), (4, False, 32), (1, True, 16), (4, True, 40)])
+def test_linear_inputs_are_standardised_by_training_rows_alone(blocks, patch, width):
+    features, rows = planted_features(), np.arange(25)
+    features["cls"][:25, :, 2] = 7.0  # constant in training
+    inputs = pc.standardised_input(features, rows, blocks, patch)
+    x = inputs(features, rows)
+    assert x.shape == (25, width) and x.isfinite().all() and inputs(features, np.arange(40)).isfinite().all()
+    assert x.mean(0).abs().max() < 1e-6 and set(x.std(0, correction=0).round(decimals=4).tolist()) <= {0.0, 1.0}
+    before = inputs(features, np.arange(5))
+    features["cls"][30:] = 1e6
+    assert torch.equal(before, pc.standardised_input(features, rows, blocks, patch)(features, np.arange(5)))
+    last = (features["cls"][:5, -1] - features["cls"][:25, -1].mean(0))[:, 0]
+    assert torch.corrcoef(torch.stack([last, before[:, (blocks - 1) * 8]]))[0, 1] > 0.9999  # the last block's token stands last
+
+
+def test_choice_reads_validation_labels_alone():
+    features = planted_features(90, seed=1)
+    y = (features["cls"][:, 0, 0] > 0).long()  # readable from the first of the four blocks only
+    split = data.Split(np.arange(40), np.arange(40, 65), np.arange(65, 90))
+    _, setting = pc.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1)
+    assert setting["blocks"] == 4
+    poisoned = y.clone()
+    poisoned[split.test] = 1 - y[split.test]
+    assert pc.best_on_validation(pc.linear_head, pc.GRID, features, poisoned, split, 2, pc.macro_f1)[1] == setting
+    first = pc.best_on_validation(pc.linear_head, pc.GRID, features, torch.zeros(90, dtype=torch.long), split, 2, pc.macro_f1)[1]
+    assert first == pc.GRID[0]  # all tie: the strongest regularisation, the smallest input
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+def test_extract_is_the_backbones_tokens_and_leaves_no_trace(tmp_path):
+    for i in range(5):
+        frame(tmp_path / f"{i}.png", i, i)
+    paths, model = data.images_in(tmp_path), tiny_vit(depth=6)
+    model.train()
+    state = torch.get_rng_state()
+    found = pc.extract(model, paths, "cpu", image_size=56, batch=2)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    model.eval()
+    blocks = model.intermediate(torch.stack([data.eval_image(p, 56) for p in paths]), [2, 3, 4, 5])
+    torch.testing.assert_close(found["cls"], torch.stack([b["cls"] for b in blocks], 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["patch"], blocks[-1]["patches"].mean(1), rtol=1e-4, atol=1e-5)
+    assert pc.extract(model, [], "cpu")["cls"].shape == (0, 4, 64)
+    assert pc.extract(tiny_vit(depth=2), paths[:1], "cpu", 56)["cls"].shape == (1, 2, 64)
+
+
+def test_cache_knows_weights_data_and_resolution(tmp_path):
+    frame(tmp_path / "a.png", 0, 0)
+    paths, model, calls = [tmp_path / "a.png"], tiny_vit(), []
+
+    def compute():
+        calls.append(1)
+        return {"cls": torch.full((1,), float(len(calls)))}
+
+    def ask(model=model, size=224):
+        return pc.cached(model, pc.fingerprint(paths, size), compute, tmp_path / "features")["cls"].item()
+
+    assert ask() == ask() == 1
+    assert ask(size=448) == 2 and ask(tiny_vit(seed=1)) == 3
+    with torch.no_grad():
+        model.blocks[3].mlp.fc2.bias[5] += 1e-3  # one number of 200,000
+    assert ask() == 4
+    frame(tmp_path / "a.png", 1, 0)  # another picture under the old name
+    assert ask() == 5 and ask() == 5 and len(list((tmp_path / "features").iterdir())) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Two capture efforts in HyperKvasir's layout and a small checkpoint."""
+    root = tmp_path_factory.mktemp("classify")
+    hyper_kvasir(root / "set/hyper-kvasir")
+    hyper_kvasir(root / "set/scope2/hyper-kvasir", seed=1, counts=(("cecum", 5), ("ileum", 5), ("pylorus", 5)))
+    vit.save_backbone(root / "b.pt", tiny_vit(seed=5), None, step=7)
+    return root
+
+
+@pytest.fixture
+def quick(workplace, monkeypatch):
+    """Few draws and strengths, features under the test's folder, the small set in the synthetic set's place."""
+    monkeypatch.chdir(workplace)
+    interval = pc.bootstrap_interval
+    monkeypatch.setattr(pc, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
+    monkeypatch.setattr(pc, "HEADS", {"kNN": (pc.knn_head, [{}]), "linear": (pc.linear_head, pc.GRID[2:8])})
+    monkeypatch.setattr(pc.synthetic, "ensure", lambda: workplace / "set")
+    return workplace
+
+
+def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
+    rows = pc.main(["b.pt", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    random = "random initialisation (ViT 64/4/1/0)"
+    results = [r for r in rows if r["table"] == "results"]
+    assert [(r["backbone"], r["head"], r["tested on"]) for r in results] == [
+        (b, h, t) for b, heads in (("majority class", ["none"]), ("b.pt", ["kNN", "linear"]), (random, ["kNN", "linear"]))
+        for h in heads for t in ("same data", "unrelated data")]
+    assert results[0]["accuracy"] == pytest.approx(15 / 27, abs=0.02)   # folds of 3 + 2 cecum and pylorus frames, 0 or 1 ileum
+    assert results[1]["accuracy"] == pytest.approx(1 / 3)               # the training majority on balanced frames
+    for row in results:
+        assert np.sum(row["confusion"]) == (27 if row["tested on"] == "same data" else 5 * 15)
+        assert np.trace(row["confusion"]) / np.sum(row["confusion"]) == pytest.approx(row["accuracy"], abs=0.03)
+        assert row["macro F1"] == pytest.approx(np.mean([row[f"F1 {c}"] for c in ("cecum", "ileum", "pylorus")]))
+    assert len(results[4]["chosen on validation"]) == 5 and results[4]["step"] == 7
+    shots = [r for r in rows if r["table"] == "few-shot" and r["backbone"] == "b.pt"]
+    assert [r["labelled per class"] for r in shots] == [1, 5, 10, 25, 50] and all(r["draws"] >= 5 for r in shots)
+    # ileum's two frames lie in folds 0 and 1: when one is tested and the other validated, training has none
+    assert shots[0]["fewer at hand"] == "ileum: 0" and shots[3]["fewer at hand"] == "cecum: 9, ileum: 0, pylorus: 6"
+    for gain in (r for r in rows if r["table"] == "difference"):
+        ours, theirs = (next(r["accuracy"] for r in results if (r["backbone"], r["head"], r["tested on"]) == (b, gain["head"], gain["tested on"]))
+                        for b in (gain["backbone"], gain["minus"]))
+        assert gain["minus"] == random and gain["accuracy"] == pytest.approx(ours - theirs)
+        assert gain["accuracy low"] <= gain["accuracy"] + 0.2 and gain["accuracy high"] >= gain["accuracy"] - 0.2
+    assert json.loads((quick / "b.landmarks.json").read_text()) == rows
+    for words in ("| backbone | head | tested on | accuracy | macro F1 |", "Confusion, b.pt, linear", "paper value: not available", "seed: 0",
+                  "frames: 27", "unrelated data: HyperKvasir anatomical landmarks, official folds 0, 1, 2, 3, 4: 15 frames, 15 groups"):
+        assert words in printed
+    monkeypatch.setattr(pc, "extract", lambda *a, **k: pytest.fail("features were computed again"))
+    assert pc.main(["b.pt", "--device", "cpu", "--out", "again.json"]) == rows
+
+
+def test_without_arguments_random_weights_and_the_majority(quick, monkeypatch):
+    monkeypatch.setattr(pc.vit, "build_vit", lambda arch: tiny_vit(seed=torch.initial_seed()))
+    rows = pc.main([])
+    assert {r["backbone"] for r in rows} == {"majority class", "random initialisation (vitt14)"} and (quick / "runs/random.landmarks.json").exists()
+    assert not [r for r in rows if r["table"] == "difference"]
+
+
+def test_any_tree_of_class_folders(quick, tmp_path):
+    for label, name in enumerate(("left", "right")):
+        for patient in range(6):
+            for i in range(2):
+                frame(tmp_path / "tree" / name / f"p{patient}" / f"{i}.png", label, 10 * patient + i)
+    rows = pc.main(["b.pt", "--data", str(tmp_path / "tree"), "--out", str(tmp_path / "r.json"), "--device", "cpu"])
+    linear = next(r for r in rows if r["head"] == "linear" and r["backbone"] == "b.pt")
+    assert linear["groups"] == 6 and linear["frames"] == 24 and "F1 left" in linear and "accuracy sd" in linear
+
+
+def test_one_split_gives_an_interval_by_patient_and_one_patient_gives_none():
+    labels, n = np.array([0, 1] * 10), 20
+    metrics = pc.landmark_metrics(("a", "b"))
+    outcome = torch.from_numpy(np.where(np.arange(n) < 12, labels, 1 - labels))[None], torch.rand(1, n, 2)
+    for groups, known in ((list(np.arange(n) // 4), True), (["a"] * n, False)):
+        row = pc.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), outcome, 0)
+        assert row["accuracy"] == 0.6 and np.isnan(row["accuracy low"]) != known
+    assert row["accuracy"] == 0.6 and "| 0.600 [n/a, n/a] |" in pc.markdown_table([row])
+
+
+def test_table_and_json_of_undefined_numbers(tmp_path):
+    row = {"a": 0.5, "a sd": 0.25, "b": float("nan"), "b low": 0.0, "b high": 1.0, "n": 3, "c": None, "list": [1], "hide": 1}
+    assert pc.markdown_table([row], hidden={"hide"}) == "| a | b | n | c |\n|---|---|---|---|\n| 0.500 ± 0.250 | n/a [0.000, 1.000] | 3 |  |"
+    pc.write_rows([row], tmp_path / "new" / "r.json")
+    assert json.loads((tmp_path / "new" / "r.json").read_text())[0]["b"] is None
+
+
+def test_one_sentence_for_wrong_inputs(quick, tmp_path):
+    def sentence(*argv):
+        with pytest.raises(SystemExit) as stop:
+            pc.main([*map(str, argv), "--device", "cpu"])
+        assert stop.value.code and "\n" not in str(stop.value)
+        return str(stop.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "labeled-images/*/anatomical-landmarks" in (words := sentence("--data", tmp_path / "empty")) and "found nothing" in words
+    assert "no such folder" in sentence("--data", tmp_path / "absent")
+    for folder in ("images", "masks"):
+        frame(tmp_path / "polyps" / folder / "0.png", 0, 0)
+    assert "found images, masks" in sentence("--data", tmp_path / "polyps")  # a segmentation set is not two classes
+    hyper_kvasir(tmp_path / "alone", counts=(("ileum", 5),))
+    assert "two or more classes for landmarks, found ileum" in sentence("--data", tmp_path / "alone")
+    hyper_kvasir(tmp_path / "other", counts=(("cecum", 5), ("z-line", 5)))
+    assert "--generalise: expected the classes" in sentence("--generalise", tmp_path / "other")
+    assert sentence("b.pt", "absent.pt") == "absent.pt: no such checkpoint file"
+    (tmp_path / "notes.pt").write_text("not a checkpoint")
+    assert "notes.pt is not a PyTorch checkpoint" in sentence(tmp_path / "notes.pt")
+    torch.save({"optimizer": {}, "step": 3}, tmp_path / "last.pt")
+    assert "holds no backbone" in sentence(tmp_path / "last.pt")
+    tree = hyper_kvasir(tmp_path / "broken")
+    (tree / "labeled-images/lower-gi-tract/anatomical-landmarks/cecum/cecum0x3.jpg").write_bytes(b"\xff\xd8\xff")
+    assert "cecum0x3.jpg" in sentence("--data", tree)
+    for label in range(2):
+        for i in range(4):
+            frame(tmp_path / "patient" / str(label) / "p0" / f"{i}.png", label, i)
+    assert "three or more are needed" in sentence("--data", tmp_path / "patient")  # one patient cannot be split

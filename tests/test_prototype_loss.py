@@ -4,13 +4,11 @@ Most of these tests reach the operators through dino_loss. In this process the o
 their kernels); test_again_with_kernels_interpreted runs the same tests in a child process where Triton's interpreter runs the
 kernels; test_compiles_for_hopper_without_spills compiles them for a GPU that need not be there.
 """
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import dino_loss
-from custom_kernels import prototype_loss
+from custom_kernels import interpreter_defect, prototype_loss
 from custom_kernels.prototype_loss import Targets, cross_entropy, log_sum_exp, rowwise_cross_entropy, sinkhorn_bias
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -302,15 +300,7 @@ def test_two_processes_with_different_row_counts_ddp_and_fsdp(fused, tmp_path):
 # --- the kernels, without a GPU -------------------------------------------------------------------------------------------------
 
 
-def why_no_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    version = importlib.metadata.version("triton")
-    if version.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        return f"the interpreter of triton {version} does not run with numpy {np.__version__}"
-
-
-NO_INTERPRETER = why_no_interpreter()
+NO_INTERPRETER = "triton is not installed" if importlib.util.find_spec("triton") is None else interpreter_defect()
 
 
 @pytest.mark.skipif(INTERPRETED or bool(NO_INTERPRETER), reason=NO_INTERPRETER or "this is the child process")

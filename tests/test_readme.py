@@ -1,0 +1,240 @@
+"""README.md and docs/course.md against the code: every file, line count, function, flag, test and set-up command that they name; what the
+course says its experiments print; demo.sh, stopped and started again. `python tests/test_readme.py` writes the true line counts into the README.
+"""
+import argparse
+import ast
+import contextlib
+import importlib
+import io
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
+SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment", "probe_mes", "bench")
+FOREIGN_FLAGS = {"--nproc-per-node", "--help"}  # torchrun's, and everyone's
+texts = pytest.mark.parametrize("path", [README, COURSE], ids=lambda path: path.name)
+
+
+def counted(text):
+    """The README with the true number of lines in every row of its file map."""
+    def row(match):
+        return f"{match[1]}| {len((ROOT / match[2]).read_text().splitlines())} |"
+    return re.sub(r"^(\| \d* ?\| `([\w./]+)` )\| \d+ \|", row, text, flags=re.M)
+
+
+def test_line_counts_are_true():
+    text = README.read_text()
+    wrong = [new for old, new in zip(text.splitlines(), counted(text).splitlines()) if old != new]
+    assert not wrong, "the file map should say (python tests/test_readme.py writes it):\n" + "\n".join(wrong)
+
+
+def test_file_map_names_every_file():
+    mapped = set(re.findall(r"^\| \d* ?\| `([\w./]+)` \| \d+ \|", README.read_text(), re.M))
+    assert mapped == {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.sh", "custom_kernels/*.py") for path in ROOT.glob(pattern)}
+
+
+def test_set_up_commands_are_those_of_ci():
+    commands = [line for line in README.read_text().splitlines() if "-m venv" in line]
+    ci = [line for line in (ROOT / ".ci/run").read_text().splitlines() if "-m venv" in line]
+    assert len(commands) == 2 and commands[1:] == ci
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && .venv/bin/python "
+    assert commands == [set_up + "pretrain.py --arch vitt14 --recipe demo", set_up + "-m pytest"]
+
+
+def defined(path):
+    """Every "name" and "Class.name" at the top level and in the classes of a Python file."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+        names |= {node.name} if hasattr(node, "name") else set(targets)
+        names |= {f"{node.name}.{part.name}" for part in getattr(node, "body", []) if hasattr(part, "name") and isinstance(node, ast.ClassDef)}
+    return names
+
+
+@texts
+def test_functions_and_tests_exist(path):
+    named = re.findall(r"`([\w/]+\.py)::?([\w.]+)`", path.read_text())
+    assert len(named) > 20
+    assert not [f"{file}:{name}" for file, name in named if name not in defined(ROOT / file)]
+
+
+@texts
+def test_files_exist(path):
+    text = path.read_text()
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
+    assert not [target for target in linked if not (path.parent / target).exists()]
+    coded = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|txt|png))`", text)
+    assert coded and not [name for name in coded if not (ROOT / name).exists()]
+
+
+# --- commands: argparse alone sees them, before the script touches anything --------------------------------------------------
+
+
+class Parsed(Exception):
+    """A script has read its flags."""
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """List of the parsers that a script's main(argv) used; it ends there, by Parsed, or by SystemExit for wrong flags."""
+    used, real = [], argparse.ArgumentParser.parse_known_args
+
+    def parse(self, args=None, namespace=None):
+        used.append(self)
+        found, rest = real(self, args, namespace)
+        if any(action.nargs == argparse.REMAINDER for action in self._actions):
+            return found, rest  # bench.py: its sub-command comes next
+        if self.prog == "bench.py step":
+            importlib.import_module("pretrain").parse(rest)  # it hands them on
+        raise Parsed if not rest else SystemExit(f"unknown: {rest}")
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    return used
+
+
+def main(name, argv):
+    with contextlib.suppress(Parsed):
+        importlib.import_module(name).main(argv)
+        pytest.fail(f"{name}.py {argv} read no flags")
+
+
+def commands(text):
+    """(script, argv) of each line in the bash blocks that starts one of our scripts."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.rpartition(" && ")[2], comments=True)
+            script = next((i for i, word in enumerate(words) if word.endswith(".py") and word[:-3] in SCRIPTS), None)
+            if script is not None:
+                yield words[script][:-3], words[script + 1:]
+
+
+@texts
+def test_commands_have_flags_that_exist(path, parsers):
+    found = list(commands(path.read_text()))
+    assert len(found) > 3
+    for name, argv in found:
+        main(name, argv)
+
+
+@texts
+def test_flags_in_prose_exist(path, parsers):
+    for name in SCRIPTS[:-1]:
+        with contextlib.suppress(SystemExit):  # one of them wants arguments
+            main(name, [])
+    for what in importlib.import_module("bench").COMMANDS:
+        main("bench", [what])
+    known = {flag for parser in parsers for flag in parser._option_string_actions} | FOREIGN_FLAGS
+    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text())) - known
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_a_wrong_flag(name, capsys):
+    module = importlib.import_module(name)
+    for argv, code in ((["--help"], 0), (["--no-such-flag"], 2)):
+        with pytest.raises(SystemExit) as end:
+            module.main(argv)
+        assert end.value.code == code, argv
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_nothing_is_promised():
+    for path in (README, COURSE):
+        assert not re.search(r"\b(TODO|TBD|FIXME|XXX|lorem)\b", path.read_text()), path
+    pictures = [path for path in ROOT.glob("docs/*") if path.suffix in (".png", ".jpg")]
+    assert 0 < sum(path.stat().st_size for path in pictures) < 2**20
+
+
+# --- the course ------------------------------------------------------------------------------------------------------------------
+
+
+def lessons():
+    return dict(re.findall(r"^## (\d)\. [^\n]*\n(.*?)(?=^## |\Z)", COURSE.read_text(), re.M | re.S))
+
+
+@pytest.mark.parametrize("number", "12345678")
+def test_lesson_prints_what_it_says(number):
+    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", lessons()[number], re.S).groups()
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    found, said = (re.findall(r"-?\d+\.\d+|\w+", text) for text in (out.getvalue(), printed))
+    assert len(found) == len(said)
+    for a, b in zip(found, said):
+        assert float(a) == pytest.approx(float(b), rel=0.02, abs=2e-4) if "." in b else a == b
+
+
+@pytest.mark.parametrize("number", "12345678")
+def test_faults_can_be_planted_and_name_their_test(number):
+    lesson = lessons()[number]
+    file = re.search(r"Fault, in `([\w/.]+)`", lesson)[1]
+    faults = re.findall(r"```diff\n-(.*)\n\+(.*)\n```", lesson)
+    assert faults and len(faults) == len(re.findall(r"`tests/test_\w+\.py::\w+`", lesson))
+    for line, fault in faults:
+        assert (ROOT / file).read_text().split("\n").count(line) == 1, f"{file} does not have the line {line}"
+        ast.parse((ROOT / file).read_text().replace(line, fault))
+
+
+# --- the demonstration ------------------------------------------------------------------------------------------------------------
+
+STUB = """#!{python}
+import pathlib, sys
+words = sys.argv[1:]
+with open("calls.txt", "a") as calls:
+    print(*words, sep="\\t", file=calls)
+print("table of", words[0])
+stop = pathlib.Path("stop.txt")
+if stop.exists() and stop.read_text() == words[0]:
+    stop.unlink()
+    sys.exit(0 if words[0] == "pretrain.py" else 130)  # a signal lets pre-training end well, before its last step
+if "--show" in words or "--sheet" in words:
+    pathlib.Path(words[-1]).touch()
+out = pathlib.Path(words[words.index("--out") + 1] if "--out" in words else ".")
+if words[0] == "pretrain.py":
+    (out / f"teacher_{{words[words.index('--steps') + 1]}}.pt").touch()
+if words[0] == "curate.py":
+    out.mkdir(parents=True)
+    (out / "sheet.png").touch()
+"""
+
+
+def test_demo_goes_on_where_it_was_stopped(tmp_path, parsers):
+    """Its commands by a stand-in for Python that notes them: stopped in each stage once, no stage is done twice, and all flags exist."""
+    folder = tmp_path / "a folder with spaces"
+    for name in ("data/synthetic/Kvasir-SEG/images", "runs/demo-7"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(DEMO, folder)
+    python = folder / "python"
+    python.write_text(STUB.format(python=sys.executable))
+    python.chmod(0o755)
+    for i in range(5):
+        (folder / f"data/synthetic/Kvasir-SEG/images/patient{i}_0.jpg").touch()
+
+    def demo():
+        return subprocess.run(["bash", str(folder / "demo.sh")], env=dict(os.environ, PYTHON=str(python), DEMO_STEPS="7"), text=True, capture_output=True)
+    stages = ["synthetic.py", "curate.py", "pretrain.py", "probe_classify.py", "probe_segment.py", "probe_mes.py"]
+    for stage in stages:
+        (folder / "stop.txt").write_text(stage)
+        assert demo().returncode == 130
+    done = demo()
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(f"table of {name}") for name in stages[3:5]] == [1, 1]
+    assert re.search(r"Pictures:\n(.*\.png\n)+$", done.stdout)
+    calls = [line.split("\t") for line in (folder / "calls.txt").read_text().splitlines()]
+    scripts = [call[0] for call in calls if call[0] != "-"]  # "-" is the line of the demonstration's own
+    assert scripts == [s for s in stages[:-1] for _ in range(2)] + ["probe_mes.py"] * 2 + ["data.py", "vit.py", "probe_mes.py", "probe_mes.py"]
+    for script, *argv in calls:
+        if script != "-":
+            main(script.removesuffix(".py"), argv)
+    again = demo()
+    assert again.returncode == 0 and len((folder / "calls.txt").read_text().splitlines()) == len(calls) + 1
+
+
+if __name__ == "__main__":
+    README.write_text(counted(README.read_text()))

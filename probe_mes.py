@@ -82,17 +82,19 @@ def softmax_head(features, y, rows, n_classes, blocks, patch, l2, power):
 
 def fit_ordinal(x, y, n_classes, l2, weight=None):
     """Proportional odds (McCullagh 1980): P(y <= c) = sigmoid(theta_c - w.x) with theta increasing; the (weighted) mean negative
-    log-likelihood + l2/2 |w|^2 by L-BFGS in float64. Returns w (D,), theta (C - 1,).
+    log-likelihood + l2/2 |w|^2 by L-BFGS in float64. Returns w (D,), theta (C - 1,), which leaves no room for a class without
+    frames: two thresholds are equal there, or one is infinite.
     """
     x, y = x.double(), y.to(x.device)
     weight = x.new_ones(len(y)) if weight is None else weight.to(x)[y]
+    present, y = y.unique(return_inverse=True)
     turn = whitening(x, l2)                                                                         # (D, D)
     v = x.new_zeros(x.shape[1], requires_grad=True)
-    first = x.new_full((1,), 1 - n_classes / 2, requires_grad=True)
-    gaps = x.new_zeros(n_classes - 2, requires_grad=True)   # log of theta_c - theta_(c-1): keeps the thresholds in order
+    first = x.new_full((min(len(present) - 1, 1),), 1 - len(present) / 2, requires_grad=True)
+    gaps = x.new_zeros(max(len(present) - 2, 0), requires_grad=True)  # log of theta_c - theta_(c-1): keeps the thresholds in order
 
     def thresholds():
-        return torch.cat([first, first + gaps.exp().cumsum(0)])                                     # (C - 1,)
+        return torch.cat([first, first + gaps.exp().cumsum(0)])                                     # (present classes - 1,)
 
     def objective():
         w = v @ turn
@@ -104,7 +106,9 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
         return -(weight * likelihood).sum() / weight.sum() + l2 / 2 * w.square().sum()
 
     minimise(objective, [v, first, gaps])
-    return (v @ turn).detach(), thresholds().detach()
+    ends = torch.cat([x.new_tensor([-torch.inf]), thresholds().detach(), x.new_tensor([torch.inf])])
+    at_most = torch.searchsorted(present, torch.arange(n_classes - 1, device=x.device), right=True)  # how many present classes are <= c
+    return (v @ turn).detach(), ends[at_most]
 
 
 def ordinal_head(features, y, rows, n_classes, blocks, patch, l2, power):
@@ -280,7 +284,8 @@ def main(argv=None):
                     quadratic_kappa)
     stand_in = "" if len(labelled.classes) == 4 else ", three grades only: a smaller stand-in for the four of LIMUC"
     return report(args, f"Mayo endoscopic score{stand_in}", rows, labelled, other,
-                  "quadratic weighted kappa; sensitivity, specificity, F1 and AUC with MES 2-3 (no remission) as the positive class", "mes")
+                  "quadratic weighted kappa; sensitivity, specificity, F1 and AUC with MES 2-3 (no remission) as the positive class; class "
+                  "imbalance: every class or every frame weighs the same in the loss, whichever validation prefers (few-shot: as drawn)", "mes")
 
 
 if __name__ == "__main__":

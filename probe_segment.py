@@ -8,7 +8,7 @@
 The backbone is never trained. Every training frame and its mirror image pass through it once; their tokens stay on disk in
 float16, memory-mapped, so the heads are trained without any augmentation but the mirror. A frame is stretched to a square of
 --size pixels, the logits are stretched back to the mask's own size, and a pixel is polyp where their sigmoid exceeds 0.5.
-The learning rate (and the boosted head's scales) are chosen on validation frames; test frames are predicted once, at the end.
+The learning rate is chosen on validation frames; test frames are predicted once, at the end.
 """
 import functools
 import hashlib
@@ -455,7 +455,7 @@ def parse(argv):
     parser.add_argument("--heads", nargs="+", choices=HEADS, help="which heads; None: all on a GPU, linear and boosted on a CPU")
     parser.add_argument("--size", type=int, help="side of the square frame in pixels, linear and DPT; None: 518 on a GPU, 224 on a CPU")
     parser.add_argument("--boosted-size", type=int, help="the same for the boosted head; None: 644 on a GPU, 336 on a CPU")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1, 1.32, 1.73], help="of the boosted head's size at test time")
+    parser.add_argument("--scales", type=float, nargs="+", help="of the boosted head's size at test time; None: 1 1.32 1.73 on a GPU, 1 1.32 on a CPU")
     parser.add_argument("--dpt-channels", type=int, help="width of the DPT head's fusion; None: 256 (DINOv2's) on a GPU, 64 on a CPU")
     parser.add_argument("--steps", type=int, default=500, help="training steps of a head, for each learning rate tried")
     parser.add_argument("--batch", type=int, default=16, help="frames per step")
@@ -464,6 +464,7 @@ def parse(argv):
     cpu = torch.device(args.device).type == "cpu"
     args.heads = args.heads or (["linear", "boosted"] if cpu else list(HEADS))
     args.size, args.boosted_size = args.size or (224 if cpu else 518), args.boosted_size or (336 if cpu else 644)
+    args.scales = args.scales or ([1, 1.32] if cpu else [1, 1.32, 1.73])
     args.dpt_channels = args.dpt_channels or (64 if cpu else 256)
     args.sizes = {"linear": args.size, "boosted": args.boosted_size, "dpt": args.size}
     for flag in ("size", "boosted_size"):

@@ -118,9 +118,9 @@ class DINOv2(nn.Module):
         teacher_cls, teacher_patch = self.teacher_targets(images, masked, teacher_temp)  # (2, B, K), (M, K)
 
         glob, loc = self.student["backbone"].forward_packed([images, batch["local_crops"]], [masks, None], batch.get("kept"))
-        cls = torch.cat([loc["cls"], glob["cls"]])                                   # (L*B + 2B, D)
-        cls_logits, patch_logits = project(self.student, cls, glob["patches"].flatten(0, 1)[masked])
-        student_local, student_global = cls_logits.unflatten(0, (-1, B)).tensor_split([-2])  # (L, B, K), (2, B, K)
+        hidden = glob["patches"].flatten(0, 1)[masked]                               # (M, D)
+        student_local, student_global, patch_logits = project(self.student, [loc["cls"], glob["cls"]], hidden)
+        student_local, student_global = (x.unflatten(0, (-1, B)) for x in (student_local, student_global))  # (L, B, K), (2, B, K)
 
         dino_global, dino_local = losses.dino_loss(student_global, student_local, teacher_cls)
         ibot = losses.ibot_loss(patch_logits, teacher_patch, masks)
@@ -132,7 +132,7 @@ class DINOv2(nn.Module):
     def teacher_targets(self, images, masked, temp):
         """The teacher sees the whole image: target distributions for class tokens (2, B, K) and hidden patches (M, K)."""
         out = self.teacher["backbone"](images)
-        cls, patch = project(self.teacher, out["cls"], out["patches"].flatten(0, 1)[masked])  # (2B, K), (M, K)
+        cls, patch = project(self.teacher, [out["cls"]], out["patches"].flatten(0, 1)[masked])  # (2B, K), (M, K)
         self.teacher_logits = cls
         if self.centering == "sinkhorn":
             targets = losses.teacher_targets(cls.unflatten(0, (2, -1)), temp), losses.teacher_targets(patch, temp)
@@ -155,11 +155,13 @@ class DINOv2(nn.Module):
         get_ema_multi_avg_fn(momentum)(teacher, student, None)
 
 
-def project(heads, cls, patches):
-    """Class tokens (n, D) and patches (M, D) through their heads: logits (n, K), (M, K). A shared head runs once, on both."""
+def project(heads, groups, patches):
+    """Groups of class tokens, each (n, D), and patches (M, D) through their heads: logits of each group, then of the patches. A
+    shared head runs once, on all; so does its weight norm."""
+    sizes = [len(group) for group in groups]
     if "ibot_head" in heads:
-        return heads["dino_head"](cls), heads["ibot_head"](patches)
-    return heads["dino_head"](torch.cat([cls, patches])).split([len(cls), len(patches)])
+        return *heads["dino_head"](torch.cat(groups), sizes), heads["ibot_head"](patches)
+    return heads["dino_head"](torch.cat([*groups, patches]), [*sizes, len(patches)])
 
 
 def local(tensor):

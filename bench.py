@@ -630,17 +630,21 @@ def bench_cost(argv):
     from dino_loss import DINOHead
 
     parser = argparse.ArgumentParser(prog="bench.py cost", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vitt14", "vits14", "vitb14", "vitl14", "vitg14"], help="architectures")
-    parser.add_argument("--recipes", nargs="+", choices=pretrain.RECIPES, default=["scratch", "scratch-long", "adapt"], help="rows of pretrain.py")
+    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vitt14", "vits14", "vitb14", "vitl14", "vitg14"],
+                        help="architectures")
+    parser.add_argument("--recipes", nargs="+", choices=pretrain.RECIPES, default=["scratch", "scratch-long", "adapt"],
+                        help="rows of pretrain.py's table")
     parser.add_argument("--gpus", type=int, default=8, help="processes, each with the recipe's --batch")
-    parser.add_argument("--rate", type=float, default=4e14, help="FLOP/s that one GPU is taken to sustain; an H100's peak in bf16 is 9.9e14")
+    parser.add_argument("--rate", type=float, default=4e14,
+                        help="FLOP/s that one GPU is taken to sustain; an H100's peak in bf16 is 9.9e14")
     args = parser.parse_args(argv)
     rows = []
     for recipe, arch in itertools.product(args.recipes, args.archs):
         run = pretrain.parse(["--arch", arch, "--recipe", recipe, "--device", "cuda"])
         B, S, s, L = run.batch, run.global_size, run.local_size, run.local_crops
         masked = round(0.15 * 2 * B * (S // 14) ** 2)  # half of the global crops hide 30 % of their patches on average
-        with mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode(), FlopCounterMode(display=False) as counter:  # no numbers anywhere
+        # tensors of shapes without numbers, which trunc_normal_ would ask for
+        with mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode(), FlopCounterMode(display=False) as counter:
             backbone = pretrain.vit.build_vit(arch, image_size=S, drop_path=run.drop_path)
             heads = [DINOHead(backbone.dim, run.prototypes, bottleneck_dim=run.bottleneck), DINOHead(backbone.dim, run.prototypes)]
             crops = [torch.empty(2 * B, 3, S, S), torch.empty(L * B, 3, s, s)]
@@ -653,13 +657,16 @@ def bench_cost(argv):
         parts = [backbone, *heads[:1 + run.separate_heads]]
         parameters = sum(p.numel() for part in parts for p in part.parameters())
         flops = counter.get_total_flops() / B
-        rows.append([recipe, arch, f"{parameters / 1e6:.0f}", f"{flops / 1e9:.0f}", f"{args.rate / flops:.0f}", f"{run.steps:,} x {B * args.gpus:,}",
-                     f"{run.steps * B * flops / args.rate / 3600:,.1f}", f"{20 * parameters / 2**30:.1f}"])
-    print(f"\n**What a run costs on {args.gpus} GPUs, counted and not timed** (torch {torch.__version__.split('+')[0]}; a GPU is taken to sustain {args.rate:.3g} FLOP/s)\n")
-    header = ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU", "steps x frames", "hours", "GiB of state"]
+        rows.append([recipe, arch, f"{parameters / 1e6:.0f}", f"{flops / 1e9:.0f}", f"{args.rate / flops:.0f}",
+                     f"{run.steps:,} x {B * args.gpus:,}", f"{run.steps * B * flops / args.rate / 3600:,.1f}",
+                     f"{20 * parameters / 2**30:.1f}"])
+    print(f"\n**What a run costs on {args.gpus} GPUs, counted and not timed** (torch {torch.__version__.split('+')[0]}; "
+          f"a GPU is taken to sustain {args.rate:.3g} FLOP/s)\n")
+    header = ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU", "steps x frames", "hours",
+              "GiB of state"]
     print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]))
-    print("\nMatrix products and attention of the teacher's forward pass and of the student's forward and backward pass. State: student, teacher, "
-          "gradient and AdamW's two moments in float32, before --shard divides it; "
+    print("\nMatrix products and attention of the teacher's forward pass and of the student's forward and backward pass. State: student, "
+          "teacher, gradient and AdamW's two moments in float32, before --shard divides it; "
           "activations come on top. Traffic of the loss head and of the optimiser, decoding and communication are not in the hours.")
 
 

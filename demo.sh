@@ -10,7 +10,7 @@ trap 'exit 130' INT TERM
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 
-steps=${DEMO_STEPS:-300}
+steps=${DEMO_STEPS:-200}
 out=runs/demo${DEMO_STEPS:+-$DEMO_STEPS}
 python=${PYTHON:-.venv/bin/python}
 if [ ! -x "$(command -v "$python")" ]; then
@@ -34,7 +34,7 @@ stage() {  # NAME COMMAND...: run the command unless it is done; what it prints 
 stage frames "$python" synthetic.py data/synthetic ${DEMO_FRAMES:-} --sheet "$out/synthetic.png"
 stage curation "$python" curate.py --data data/synthetic/unlabelled --out "$out/curated" --target "${DEMO_TARGET:-400}"
 stage pretraining "$python" pretrain.py --arch vitt14 --recipe demo --data "$out/curated/manifest.csv" --out "$out" \
-    --steps "$steps" --save-every $((steps / 10 + 1)) --probe-every $((steps / 5 + 1))
+    --steps "$steps" --save-every $((steps / 10 + 1)) --probe-every $((steps / 4 + 1))
 if [ ! -e "$out/teacher_$steps.pt" ]; then  # a signal ended it, after it had saved
     rm -f "$out/pretraining.md"
     exit 130

@@ -670,6 +670,64 @@ def bench_cost(argv):
           "activations come on top. Traffic of the loss head and of the optimiser, decoding and communication are not in the hours.")
 
 
+@command
+def bench_probe(argv):
+    """frames/s of frozen features, and of a live system: landmark, Mayo and polyp heads on one backbone pass."""
+    from probe_segment import DPTHead, LinearHead, blocks_of, resize
+    from vit import build_vit
+
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench.py probe", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--archs", nargs="+", metavar="ARCH", help="architectures",
+                        default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518] if cuda else [224, 336], help="sides of the square frame in pixels")
+    parser.add_argument("--batch", type=int, default=32 if cuda else 4, help="frames at a time; the last column has one at a time")
+    parser.add_argument("--dpt-channels", type=int, default=256 if cuda else 64, help="width of the DPT head's fusion")
+    parser.add_argument("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
+    args = parser.parse_args(argv)
+    device, rows = torch.device("cuda" if cuda else "cpu"), []
+    for arch, size in itertools.product(args.archs, args.sizes):
+        model, grid = build_vit(arch).to(device).eval(), (size // 14, size // 14)
+        D, last = model.dim, model.depth - 1
+        landmark, mayo = torch.nn.Linear(2 * D, 6).to(device), torch.nn.Linear(2 * D, 4).to(device)
+        linear, dpt = LinearHead(D, 1).to(device).eval(), DPTHead(D, args.dpt_channels).to(device).eval()
+        frames = torch.randn(args.batch, 3, size, size, device=device)
+
+        def backbone(images, blocks=(last,)):
+            """The blocks' tokens before the final norm, (B, 1 + N, D) each."""
+            return [torch.cat([o["cls"][:, None], o["patches"]], 1) for o in model.intermediate(images, blocks, norm=False)]
+
+        def classify(tokens):
+            x = model.norm(tokens)                                                       # (B, 1 + N, D)
+            x = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)                                # (B, 2D)
+            return landmark(x), mayo(x)
+
+        def polyps(head, levels):
+            return resize(head(torch.stack(levels, 1), grid).float(), (size, size)) > 0  # (B, S, S)
+
+        def shared(images):
+            tokens = backbone(images)[0]
+            return classify(tokens), polyps(linear, [model.norm(tokens)])
+
+        def shared_dpt(images):
+            levels = backbone(images, blocks_of("dpt", model.depth)[0])
+            return classify(levels[-1]), polyps(dpt, levels)
+
+        def three_passes(images):
+            return classify(backbone(images)[0])[0], classify(backbone(images)[0])[1], polyps(linear, [model.norm(backbone(images)[0])])
+
+        def call(fn, images):
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda), torch.inference_mode():
+                fn(images)
+
+        forms = {fn.__name__: functools.partial(call, fn, frames) for fn in (backbone, shared, shared_dpt, three_passes)}
+        t = seconds(forms | {"live": functools.partial(call, shared, frames[:1])}, args.runs)
+        rows.append([arch, size, *(f"{args.batch / t[name]:.1f}" for name in forms), f"{t['live'] * 1e3:.1f}"])
+    table(f"Frozen features and three heads, batch {args.batch}, {'bf16 autocast' if cuda else 'float32'}, decoding not included",
+          ["architecture", "pixels", "backbone frames/s", "with landmark, Mayo and linear polyp heads",
+           f"with a DPT polyp head ({args.dpt_channels} channels)", "a backbone pass per head", "ms for one frame, three heads"], rows)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(f"{n}: {f.__doc__.splitlines()[0]}" for n, f in sorted(COMMANDS.items())))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All of it in a quarter of an hour on two cores: synthetic frames, curation, pre-training with an online probe, three probes, figures.
+# All of it in about a quarter of an hour on two cores: synthetic frames, curation, pre-training with an online probe, three probes, figures.
 #
 #     ./demo.sh                      everything; the results lie in runs/demo
 #     DEMO_STEPS=20 ./demo.sh        a quick look at every stage; the results lie in runs/demo-20

@@ -41,7 +41,7 @@ QUALITY = {
     "tissue": ((0.4, 1), "not endoscopy: share of the field of view that is redder than grey (0 to keep narrow-band and dyed frames)"),
     "relief": ((0.06, 9), "blank, or lit by no endoscope: deviation over mean of the light on a coarse grid"),
     "field": ((0.2, 1), "instrument, text or border nearly everywhere: share of the frame that shows tissue"),
-    "sharp": ((0.02, 9), "blurred: root mean square of the Laplacian in the field of view over that of the brightness"),
+    "sharp": ((0.05, 9), "blurred: root mean square of the Laplacian in the field of view over that of the brightness"),
 }
 REASONS = ("unreadable", *QUALITY, "near-duplicate", "excluded")  # codes 1, 2, ... ; 0 is kept
 SIDE = 128      # px of the thumbnails that scores and descriptor are computed on
@@ -354,7 +354,7 @@ def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
         for step in tqdm(range(steps), desc=f"k-means, k = {k}", disable=not bar, leave=False):
             labels, cosines, sums = assign(x, centres)
             inertia = 1 - cosines.mean(dtype=np.float64)
-            if before - inertia <= tolerance * before or step == steps - 1:
+            if inertia >= (1 - tolerance) * before or step == steps - 1:
                 break
             before, empty = inertia, np.setdiff1d(np.arange(k), labels)
             centres = F.normalize(sums, dim=1).float()
@@ -634,7 +634,7 @@ def main(argv=None):
     add("--exclude", action="append", default=[], metavar="LIST_OR_FOLDER", help="benchmark frames (folder, manifest, list of paths "
         "or of names below the list's folder): whatever resembles one is never chosen; repeatable")
     add("--exclude-similarity", type=float, default=0.85, help="cosine from which a frame resembles one of those (default: %(default)s)")
-    add("--duplicate", type=float, default=0.92, help="cosine from which two frames of a video are one (default: %(default)s)")
+    add("--duplicate", type=float, default=0.95, help="cosine from which two frames of a video are one (default: %(default)s)")
     add("--window", type=int, default=32, help="groups of its video that a frame is compared with (default: %(default)s)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters of each level from the leaves up (default: from the number of frames)")
     add("--resample", type=int, default=3, help="rounds of resampling-clustering at each level (default: %(default)s)")

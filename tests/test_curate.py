@@ -1,0 +1,254 @@
+"""Curation on small synthetic frames: planted faults, duplicates and imbalance, kills, k-means, shares, edge cases."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageFilter
+
+import curate
+import data
+import synthetic
+
+SIZE = 128
+
+
+def scene(kind, patient, n=1):
+    """n frames of one patient at one place, as PIL images."""
+    job = dict(kind=kind, patient=patient, place=0, images=[None] * n, masks=None, scope=1, video=n > 1, seed=11, size=SIZE)
+    return [Image.fromarray(image) for image, _ in synthetic.frames_of(job)]
+
+
+@pytest.fixture(scope="session")
+def scenes():
+    """16 frames of different patients: eight of retroflex-stomach, then eight of pylorus."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = [scene(kind, 20 * c + p)[0] for c, kind in enumerate(("retroflex-stomach", "pylorus")) for p in range(8)]
+    torch.set_num_threads(threads)
+    return made
+
+
+def black(image, rng):
+    return Image.fromarray(rng.integers(0, 12, (SIZE, SIZE, 3), dtype=np.uint8))
+
+
+def blurred(image, rng):
+    return image.filter(ImageFilter.GaussianBlur(0.025 * SIZE))
+
+
+def overexposed(image, rng):
+    return ImageEnhance.Brightness(image).enhance(6)
+
+
+def outside(image, rng):
+    return Image.fromarray(np.full((SIZE, SIZE, 3), rng.integers(90, 160), np.uint8) + rng.integers(0, 8, (SIZE, SIZE, 1), dtype=np.uint8))
+
+
+FAULTS = {"dark": black, "sharp": blurred, "glare": overexposed, "tissue": outside}
+
+
+@pytest.fixture(scope="session")
+def planted(scenes, tmp_path_factory):
+    """A folder of four videos: 16 good frames, of each a copy saved anew, and one of each fault; one file that is no image."""
+    root, rng = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
+    for i, image in enumerate(scenes):
+        folder = root / f"video{i % 4}"
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{i:02d}.jpg", quality=92)
+        image.save(folder / f"{i:02d}_copy.jpg", quality=75)
+        for name, fault in FAULTS.items():
+            fault(image, rng).save(folder / f"{i:02d}_{name}.jpg", quality=90)
+    (root / "video0" / "broken.jpg").write_bytes(b"no image")
+    return root
+
+
+def run(root, out, *flags):
+    """The report and the rows of the manifest."""
+    report = curate.main(["--data", str(root), "--out", str(out), "--workers", "0", *map(str, flags)])
+    with open(out / "manifest.csv", newline="") as file:
+        return report, list(csv.DictReader(file))
+
+
+def test_planted_faults_and_duplicates_go_and_good_frames_stay(planted, tmp_path):
+    report, rows = run(planted, tmp_path, "--target", 1000, "--per-video", 1000)
+    stems = [os.path.basename(row["path"])[:-4] for row in rows]
+    assert not [s for s in stems if any(s.endswith(f"_{fault}") for fault in FAULTS)]
+    assert sorted(s[:2] for s in stems) == [f"{i:02d}" for i in range(16)]  # of each scene one of the two copies
+    dropped = report["dropped"]
+    assert sum(dropped[fault] for fault in curate.QUALITY) == 16 * len(FAULTS) and dropped["near-duplicate"] == 16
+    assert dropped["unreadable"] == 1 and dropped["dark"] == dropped["glare"] == dropped["sharp"] == 16
+    assert len(data.Frames(tmp_path / "manifest.csv")) == 16
+    assert all(os.path.isfile(tmp_path / row["path"]) for row in rows)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["dropped"] == dropped and written["arguments"]["seed"] == 0
+    assert sum(b for _, b in written["frames per video before and after"].values()) == 16
+    assert Image.open(tmp_path / "sheet.png").size[0] > 0
+
+
+def test_a_threshold_given_by_flag_counts(planted, tmp_path):
+    report, _ = run(planted, tmp_path, "--sharp", 0, 9)
+    assert report["dropped"]["sharp"] == 0 and report["thresholds"]["sharp"] == (0, 9)
+
+
+def test_the_sharpest_of_neighbours_stays_and_other_videos_do_not_count():
+    x = F.normalize(torch.tensor([[1, 0, 0], [1, .1, 0], [0, 1, 0], [1, 0, .05], [1, 0, 0]]), dim=1)
+    drop = curate.duplicates(x, np.array([0, 0, 0, 0, 1]), np.array([1., 3., 1., 2., 0.]), 0.95)
+    assert drop.tolist() == [True, False, False, True, False]
+    assert curate.duplicates(x, np.array([0, 0, 0, 0, 1]), np.ones(5), 0.95, window=1).tolist() == [False, True, False, False, False]
+
+
+def test_equal_variety_at_50_to_1_comes_out_within_2_to_1(scenes, tmp_path):
+    """Both landmarks are seen in eight patients, but each view of the first recurs 50 times, turned, dimmed and in other videos.
+
+    The method undoes frequency, not variety: a class with more looks keeps the larger share.
+    """
+    rng = np.random.default_rng(0)
+    for i, image in enumerate(scenes):
+        for j in range(50 if i < 8 else 1):
+            folder = tmp_path / "frames" / (f"common{j:02d}" if i < 8 else "rare")
+            folder.mkdir(parents=True, exist_ok=True)
+            varied = ImageEnhance.Brightness(image.rotate(rng.uniform(-10, 10))).enhance(rng.uniform(.85, 1.15))
+            varied.save(folder / f"{i:02d}.jpg", quality=90)
+    _, rows = run(tmp_path / "frames", tmp_path / "out", "--target", 12)
+    rare = sum(row["video"] == "rare" for row in rows)
+    assert len(rows) == 12 and 4 <= rare <= 8, rare
+
+
+def test_excluded_frames_and_what_resembles_them_are_never_chosen(scenes, planted, tmp_path):
+    test = tmp_path / "test"
+    test.mkdir()
+    for i in (3, 9):
+        scenes[i].resize((200, 160)).save(test / f"t{i}.png")
+    (tmp_path / "list.txt").write_text(str(planted / "video2" / "06.jpg") + "\n")
+    report, rows = run(planted, tmp_path / "out", "--target", 100, "--exclude", test, "--exclude", tmp_path / "list.txt")
+    assert sorted(int(os.path.basename(row["path"])[:2]) for row in rows) == [i for i in range(16) if i not in (3, 6, 9)]
+    assert report["dropped"]["excluded"] == 3
+
+
+STAGES = ("quality", "descriptor", "duplicates", "kmeans", "balanced_sample", "write_manifest")
+
+
+def test_the_result_is_the_same_after_a_kill_in_any_stage(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(curate, "BATCH", 16)
+    run(planted, tmp_path / "whole", "--target", 8)
+    for name in STAGES:
+        real, calls = getattr(curate, name), []
+
+        def dies(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2 or name not in ("quality", "descriptor"):  # within the passes over the images, else at once
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(curate, name, dies)
+            run(planted, tmp_path / "killed", "--target", 8)
+    seen = []
+    monkeypatch.setattr(curate, "quality", lambda *a: seen.append(a))
+    run(planted, tmp_path / "killed", "--target", 8)
+    assert not seen  # what was done is not done again
+    for file in ("manifest.csv", "sheet.png"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_two_processes_give_the_result_of_one(planted, tmp_path):
+    run(planted, tmp_path / "one", "--target", 8)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000),
+               curate.__file__, "--data", planted, "--target", "8", "--workers", "0", "--device", "cpu", "--out", tmp_path / "two"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert (tmp_path / "one" / "manifest.csv").read_bytes() == (tmp_path / "two" / "manifest.csv").read_bytes()
+
+
+def blobs(n=600, k=8, dim=16, seed=0):
+    rng = np.random.default_rng(seed)
+    middles = rng.standard_normal((k, dim))
+    return F.normalize(torch.from_numpy(middles[rng.integers(k, size=n)] + 0.6 * rng.standard_normal((n, dim))).float(), dim=1)
+
+
+def lloyd(x, k, rng):
+    """Inertia of the textbook's spherical Lloyd from k random rows."""
+    centres = x[rng.permutation(len(x))[:k]]
+    for _ in range(100):
+        label = (x @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, label, x)
+        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
+    return 1 - (x @ centres.T).amax(1).mean().item()
+
+
+@pytest.mark.parametrize("k", [3, 8, 30])
+def test_kmeans_is_as_good_as_the_best_of_ten_lloyd_runs(k):
+    x, rng = blobs(), np.random.default_rng(1)
+    best = min(lloyd(x, k, rng) for _ in range(10))
+    centres, labels, cosines = curate.kmeans(x, k)
+    assert 1 - cosines.mean() <= 1.02 * best
+    assert torch.equal((x @ centres.T).argmax(1), torch.from_numpy(labels)) and len(set(labels)) == k
+
+
+def test_kmeans_repeats_and_does_not_depend_on_the_chunks(monkeypatch):
+    x = blobs()
+    first = curate.kmeans(x, 8, seed=3)
+    monkeypatch.setattr(curate, "CHUNK", 16 * 50)
+    second = curate.kmeans(x, 8, seed=3)
+    assert np.array_equal(first[1], second[1]) and torch.allclose(first[0], second[0], atol=1e-6)
+
+
+def test_an_empty_cluster_restarts_and_identical_frames_are_no_trouble():
+    x = F.normalize(torch.tensor([[1., 0], [1, 0], [1, 0], [0, 1]]), dim=1)
+    assert curate.kmeans(x, 2)[2].min() > 0.999
+    curate.kmeans(x, 4)
+
+
+def test_equal_shares():
+    rng = np.random.default_rng(0)
+    assert curate.equal_shares(10, np.array([1, 100, 2, 50]), rng).sum() == 10
+    assert curate.equal_shares(9, np.array([1, 100, 2, 50]), rng).tolist() == [1, 3, 2, 3]
+    assert curate.equal_shares(999, np.array([1, 5]), rng).tolist() == [1, 5]
+    for _ in range(200):
+        sizes, n = rng.integers(0, 9, 7), int(rng.integers(0, 40))
+        shares = curate.equal_shares(n, sizes, rng)
+        assert shares.sum() == min(n, sizes.sum()) and (shares <= sizes).all() and (shares >= 0).all()
+        assert shares.max(initial=0) - shares[shares < sizes].min(initial=99) <= 1  # nobody with room is two behind
+
+
+def test_sampling_goes_down_the_hierarchy():
+    tree = [np.repeat([0, 1, 2], [90, 9, 3]), np.array([0, 0, 1])]  # two leaves under the first top cluster, one under the second
+    chosen = curate.balanced_sample(tree, np.arange(102), 6, np.random.default_rng(0))
+    counts = np.bincount(tree[0][chosen], minlength=3)
+    assert counts[2] == 3 and sorted(counts[:2]) == [1, 2]
+
+
+def test_the_cap_per_video_holds(planted, tmp_path):
+    report, rows = run(planted, tmp_path, "--target", 16, "--per-video", 2)
+    assert len(rows) == 8 and max(b for _, b in report["frames per video before and after"].values()) == 2
+
+
+def test_one_frame_empty_videos_and_too_large_a_target(scenes, tmp_path, capsys):
+    (tmp_path / "in" / "empty").mkdir(parents=True)
+    (tmp_path / "in" / "video").mkdir()
+    scenes[0].save(tmp_path / "in" / "video" / "a.jpg")
+    _, rows = run(tmp_path / "in", tmp_path / "out", "--target", 5)
+    assert len(rows) == 1 and "only 1 are left" in capsys.readouterr().out
+
+
+def test_nothing_usable_is_one_sentence(tmp_path):
+    (tmp_path / "in" / "v").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="no images here"):
+        run(tmp_path / "in", tmp_path / "out")
+    Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "in" / "v" / "a.png")
+    with pytest.raises(SystemExit, match="none of the 1 frames passes.*1 dark"):
+        run(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        curate.main(["--target", "-1"])
+
+
+def test_the_descriptor_does_not_see_a_roll(scenes):
+    images = [scenes[i].crop((14, 14, 114, 114)).resize((SIZE, SIZE)) for i in (0, 9)]
+    turned = [image.rotate(90) for image in images]
+    a, b, c, d = curate.descriptor(torch.stack([curate.pil_to_tensor(i) for i in images + turned]))
+    assert (a - c).norm() < 0.05 * (a - b).norm() and (b - d).norm() < 0.05 * (a - b).norm()

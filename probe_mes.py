@@ -238,7 +238,7 @@ def curve(run, labelled, device, out):
         raise SystemExit(f"--curve {run}: expected a run folder of pretrain.py with a log.jsonl, found none")
     log = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
     losses = [(r["step"], r["loss"]) for r in log if "loss" in r]
-    online = [(r["step"], r["probe"]["kappa"]) for r in log if "probe" in r]
+    online = [(r["step"] + 1, r["probe"]["kappa"]) for r in log if "probe" in r]  # of the teacher after that step, as in teacher_<step>.pt
     rows = []
     for path in sorted(run.glob("teacher_*.pt"), key=lambda p: int(p.stem.split("_")[1])):
         with one_sentence():

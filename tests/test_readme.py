@@ -69,7 +69,7 @@ def test_functions_and_tests_exist(path):
 @texts
 def test_files_exist(path):
     text = path.read_text()
-    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
+    linked = [target for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", text) if not target.startswith("http")]
     assert not [target for target in linked if not (path.parent / target).exists()]
     coded = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|txt|png))`", text)
     assert coded and not [name for name in coded if not (ROOT / name).exists()]

@@ -728,6 +728,62 @@ def bench_probe(argv):
            f"with a DPT polyp head ({args.dpt_channels} channels)", "a backbone pass per head", "ms for one frame, three heads"], rows)
 
 
+@command
+def bench_curate(argv):
+    """frames/s of each stage of curation at two sizes, and the hours that 10 million frames take by the measured growth."""
+    import math
+    import pathlib
+    import tempfile
+    from types import SimpleNamespace
+
+    import curate
+    import numpy as np
+    from PIL import Image
+
+    parser = argparse.ArgumentParser(prog="bench.py curate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--frames", type=int, nargs=2, default=[1000, 4000], help="the two sizes")
+    parser.add_argument("--checkpoint", help="backbone of the embedding stage; without it the untrained descriptor")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that read images")
+    args = parser.parse_args(argv)
+    device, times, rng = "cuda" if torch.cuda.is_available() else "cpu", {}, np.random.default_rng(0)
+    how = curate.embedder(SimpleNamespace(checkpoint=args.checkpoint, device=device))
+    run_args = SimpleNamespace(workers=args.workers, device=device)
+
+    def timed(name, fn):
+        synchronize()
+        start = time.perf_counter()
+        result = fn()
+        synchronize()
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for i in range(16):  # smooth 512 px frames: their decoding costs what a frame's does
+            Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).resize((640, 512), Image.BICUBIC).save(folder / f"{i}.jpg")
+        for n in args.frames:
+            frames = curate.Listed(str(folder / f"{i % 16}.jpg") for i in range(n))
+            rows, video = np.arange(n), np.arange(n) // 200
+            timed("quality", lambda: curate.over_images(folder / f"q{n}.npy", frames, rows, curate.thumbnail, len(curate.QUALITY), np.float32,
+                                                        curate.quality, run_args, "quality"))
+            timed("embeddings", lambda: curate.over_images(folder / f"e{n}.npy", frames, rows, how[1], how[3], np.float16, how[2], run_args,
+                                                           "embeddings"))
+            file = np.lib.format.open_memmap(folder / f"x{n}.npy", "w+", np.float16, (n, how[3]))
+            file[:] = rng.standard_normal((n, how[3]), dtype=np.float32)
+            x = curate.Embeddings(file, rows, curate.moments_of(file, 0), device)
+            timed("near-duplicates", lambda: curate.duplicates(x, video, np.ones(n), 0.95))
+            tree = timed("hierarchical k-means", lambda: curate.hierarchy(x, curate.default_levels(n), 0, 3, lambda name, fn: fn()))
+            timed("sampling", lambda: curate.balanced_sample(tree, rows, n // 4, rng))
+    small, large = args.frames
+    table_rows = []
+    for name, (a, b) in times.items():
+        growth = math.log(b / a) / math.log(large / small)
+        table_rows.append([name, f"{small / a:.0f}", f"{large / b:.0f}", f"n^{growth:.2f}", f"{b * (1e7 / large) ** growth / 3600:.1f}"])
+    table(f"Curation, {how[0]}, {args.workers} workers, one run of each",
+          ["stage", f"frames/s at {small}", f"frames/s at {large}", "growth of the time", "hours for 10 million by that growth"], table_rows)
+    print("\nThe leaves stop growing at 100,000 clusters (200,000 frames), so k-means grows no faster than n beyond: its last cell is too high.")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(f"{n}: {f.__doc__.splitlines()[0]}" for n, f in sorted(COMMANDS.items())))

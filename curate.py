@@ -349,7 +349,7 @@ def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
         raise ValueError(f"{k} clusters asked of {len(x)} frames: --clusters must lie between 1 and the number of frames")
     rng, best = np.random.default_rng(seed), None
     for _ in range(min(10, max(1, 2 ** 24 // (k * len(x))))):
-        some = np.sort(rng.choice(len(x), min(len(x), max(SAMPLE, k)), replace=False))
+        some = np.sort(rng.choice(len(x), min(len(x), max(SAMPLE, 4 * k)), replace=False))
         centres, before = first_centres(x[some], k, rng), np.inf
         for step in tqdm(range(steps), desc=f"k-means, k = {k}", disable=not bar, leave=False):
             labels, cosines, sums = assign(x, centres)
@@ -541,10 +541,11 @@ def number_videos(frames):
 
 
 def default_levels(n):
-    """Clusters from the leaves up: 16 frames to a leaf, then 8 clusters to one above, until there are at most 16."""
-    sizes = [max(1, n // 16)]
+    """Clusters from the leaves up: two frames to a leaf, so that rare views keep one of their own, but at most 100,000 leaves; then
+    four clusters to one above, until there are at most 16."""
+    sizes = [max(1, min(n // 2, 100_000))]
     while sizes[-1] > 16:
-        sizes.append(max(2, sizes[-1] // 8))
+        sizes.append(sizes[-1] // 4)
     return sizes
 
 

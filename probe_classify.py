@@ -347,7 +347,7 @@ def write_rows(rows, path):
 SHOTS = (1, 5, 10, 25, 50)      # labelled frames per class
 DRAWS = 10                      # of them; draw d takes its frames from split d (modulo the number of splits)
 FEW_SHOT = dict(blocks=1, patch=True, l2=0.1)  # fixed: with a few labels there are none to choose with
-GRID = [dict(blocks=b, patch=p, l2=l2) for l2 in (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4) for b in (1, 4) for p in (False, True)]
+GRID = [dict(blocks=b, patch=p, l2=l2) for l2 in (10.0, 1.0, 1e-1, 1e-2, 1e-3) for b in (1, 4) for p in (False, True)]
 HEADS = {"kNN": (knn_head, [{}]), "linear": (linear_head, GRID)}
 
 

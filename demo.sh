@@ -10,7 +10,7 @@ trap 'exit 130' INT TERM
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 
-steps=${DEMO_STEPS:-200}
+steps=${DEMO_STEPS:-150}
 out=runs/demo${DEMO_STEPS:+-$DEMO_STEPS}
 python=${PYTHON:-.venv/bin/python}
 if [ ! -x "$(command -v "$python")" ]; then

@@ -532,75 +532,80 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense tensor-cor
 @command
 def bench_step(argv):
     """ms, images/s, FLOP/s and peak memory of a whole pre-training step, and of its parts."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="bench.py step", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="Further flags are those of pretrain.py.")
+    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vits14", "vitb14", "vitl14"] if cuda else ["vitt14", "vits14"],
+                        help="architectures")
+    parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed steps of each architecture")
+    args, flags = parser.parse_known_args(argv)
+    rows = [step_row(arch, args.runs, flags) for arch in args.archs]
+    table("A pre-training step and its parts", list(rows[0]), [row.values() for row in rows])
+
+
+def step_row(arch, runs, flags):
+    """{column: cell} of one architecture under these flags of pretrain.py."""
     from torch.utils.flop_counter import FlopCounterMode
     import pretrain
 
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.py step", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vits14", "vitb14", "vitl14"] if cuda else ["vitt14", "vits14"], help="architectures")
-    parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed steps of each architecture")
-    args, flags = parser.parse_known_args(argv)  # what is left are flags of pretrain.py
-    rows = []
-    for arch in args.archs:
-        run = pretrain.parse(["--arch", arch, "--resume", "no", "--steps", str(2 * args.runs + 8), *flags])
-        device = torch.device(run.device)
-        frames = pretrain.open_frames(run, print)
-        model = pretrain.build_model(run, print).train()
-        pretrain.distribute(model, run, device, world=1)
-        optimizer, autocast = pretrain.make_optimizer(model, run), pretrain.autocast_for(run, device)
-        schedules = pretrain.make_schedules(run, run.batch)
-        batches = pretrain.make_batches(run, frames, 0, 0, 1, device)
-        clock = Clock()
+    run = pretrain.parse(["--arch", arch, "--resume", "no", "--steps", str(2 * runs + 8), *flags])
+    device, cuda = torch.device(run.device), torch.cuda.is_available()
+    frames = pretrain.open_frames(run, print)
+    model = pretrain.build_model(run, print).train()
+    pretrain.distribute(model, run, device, world=1)
+    optimizer, autocast = pretrain.make_optimizer(model, run), pretrain.autocast_for(run, device)
+    schedules = pretrain.make_schedules(run, run.batch)
+    batches, clock = pretrain.make_batches(run, frames, 0, 0, 1, device), Clock()
 
-        def load(step):
-            raw = next(batches)
-            clock("input wait")
-            batch = pretrain.data.augment(raw, device)
-            batch["kept"] = pretrain.draw_kept(model, batch, run.seed, step, 0)
-            clock("colour half of the crops")
-            return batch, {name: values[step] for name, values in schedules.items()}
+    def load(step):
+        raw = next(batches)
+        clock("input wait")
+        batch = pretrain.data.augment(raw, device)
+        batch["kept"] = pretrain.draw_kept(model, batch, run.seed, step, 0)
+        clock("colour half of the crops")
+        return batch, {name: values[step] for name, values in schedules.items()}
 
-        def whole(step):
-            return pretrain.train_step(model, optimizer, *load(step), run.clip, autocast)
+    def whole(step):
+        return pretrain.train_step(model, optimizer, *load(step), run.clip, autocast)
 
-        def in_parts(step):
-            """train_step, a part at a time; the teacher runs once more than in training, to be timed alone."""
-            batch, now = load(step)
-            masked = batch["masks"].flatten().nonzero().squeeze(1)
-            with autocast:
-                model.teacher_targets(batch["global_crops"], masked, float(now["temp"]))
-                clock("teacher and its targets")
-                terms = model(batch, float(now["temp"]))
-                clock("student and losses")
-            terms["loss"].backward()
-            clock("backward")
-            pretrain.clip_gradients(model.student, run.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            clock("clipping and AdamW")
-            model.update_teacher(float(now["momentum"]))
-            clock("moving average")
+    whole(0)
+    with FlopCounterMode(display=False) as counter:
+        whole(1)
+    held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    peak = held + peak_bytes(lambda: whole(2))
+    for step in range(3, 4 + runs):
+        if step == 4:  # the first was to warm up
+            clock.parts.clear()
+        step_in_parts(model, optimizer, *load(step), run.clip, autocast, clock)
+    parts, steps = clock.medians(), iter(range(4 + runs, run.steps))
+    parts["student and losses"] -= parts["teacher and its targets"]  # its forward pass runs the teacher too
+    step_s = seconds({"step": lambda: whole(next(steps))}, runs, warmup=1)["step"]
+    rate = counter.get_total_flops() / step_s
+    known = next((p for name, p in PEAK_BF16.items() if cuda and name in device_name()), None)
+    return {"architecture": arch, "crops": f"{run.global_size} and {run.local_crops} x {run.local_size} px", "K": run.prototypes,
+            "frames": run.batch, "step ms": f"{step_s * 1e3:.0f}", "frames/s": f"{run.batch / step_s:.1f}",
+            **{f"{name} ms": f"{s * 1e3:.1f}" for name, s in parts.items()}, "peak GiB": f"{peak / 2**30:.1f}",
+            "TFLOP/s (of peak)": f"{rate / 1e12:.3g}" + (f" ({rate / known:.0%})" if known else "")}
 
-        whole(0)
-        with FlopCounterMode(display=False) as counter:
-            whole(1)
-        held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-        peak = held + peak_bytes(lambda: whole(2))
-        steps = iter(range(3, run.steps))
-        in_parts(next(steps))
-        clock.parts.clear()
-        for _ in range(args.runs):
-            in_parts(next(steps))
-        parts = clock.medians()
-        parts["student and losses"] -= parts["teacher and its targets"]  # its forward runs the teacher too
-        step_s = seconds({"step": lambda: whole(next(steps))}, args.runs, warmup=0)["step"]
-        rate = counter.get_total_flops() / step_s
-        known = next((p for name, p in PEAK_BF16.items() if cuda and name in device_name()), None)
-        rows.append([arch, run.batch, f"{step_s * 1e3:.0f}", f"{run.batch / step_s:.1f}", *(f"{s * 1e3:.1f}" for s in parts.values()),
-                     f"{peak / 2**30:.1f}", f"{rate / 1e12:.3g}" + (f" ({rate / known:.0%})" if known else "")])
-    table(f"A training step, {run.global_size} and {run.local_crops} x {run.local_size} px, K = {run.prototypes}",
-          ["architecture", "frames", "step ms", "frames/s", *(f"{name} ms" for name in parts), "peak GiB",
-           "TFLOP/s (of peak)" if cuda else "TFLOP/s"], rows)
+
+def step_in_parts(model, optimizer, batch, now, clip, autocast, clock):
+    """pretrain.train_step, a part at a time; the teacher runs once more than in training, to be timed alone."""
+    import pretrain
+
+    masked = batch["masks"].flatten().nonzero().squeeze(1)
+    with autocast:
+        model.teacher_targets(batch["global_crops"], masked, float(now["temp"]))
+        clock("teacher and its targets")
+        terms = model(batch, float(now["temp"]))
+        clock("student and losses")
+    terms["loss"].backward()
+    clock("backward")
+    pretrain.clip_gradients(model.student, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    clock("clipping and AdamW")
+    model.update_teacher(float(now["momentum"]))
+    clock("moving average")
 
 
 class Clock:
@@ -741,7 +746,7 @@ def bench_curate(argv):
     from PIL import Image
 
     parser = argparse.ArgumentParser(prog="bench.py curate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--frames", type=int, nargs=2, default=[1000, 4000], help="the two sizes")
+    parser.add_argument("--frames", type=int, nargs=2, default=[1500, 4500], help="the two sizes; below 1500 k-means has several starts")
     parser.add_argument("--checkpoint", help="backbone of the embedding stage; without it the untrained descriptor")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that read images")
     args = parser.parse_args(argv)
@@ -761,7 +766,7 @@ def bench_curate(argv):
         folder = pathlib.Path(folder)
         for i in range(16):  # smooth 512 px frames: their decoding costs what a frame's does
             Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).resize((640, 512), Image.BICUBIC).save(folder / f"{i}.jpg")
-        for n in args.frames:
+        for n in (512, *args.frames):  # the first warms up
             frames = curate.Listed(str(folder / f"{i % 16}.jpg") for i in range(n))
             rows, video = np.arange(n), np.arange(n) // 200
             timed("quality", lambda: curate.over_images(folder / f"q{n}.npy", frames, rows, curate.thumbnail, len(curate.QUALITY), np.float32,
@@ -776,7 +781,7 @@ def bench_curate(argv):
             timed("sampling", lambda: curate.balanced_sample(tree, rows, n // 4, rng))
     small, large = args.frames
     table_rows = []
-    for name, (a, b) in times.items():
+    for name, (_, a, b) in times.items():
         growth = math.log(b / a) / math.log(large / small)
         table_rows.append([name, f"{small / a:.0f}", f"{large / b:.0f}", f"n^{growth:.2f}", f"{b * (1e7 / large) ** growth / 3600:.1f}"])
     table(f"Curation, {how[0]}, {args.workers} workers, one run of each",

@@ -786,7 +786,8 @@ def bench_curate(argv):
         table_rows.append([name, f"{small / a:.0f}", f"{large / b:.0f}", f"n^{growth:.2f}", f"{b * (1e7 / large) ** growth / 3600:.1f}"])
     table(f"Curation, {how[0]}, {args.workers} workers, one run of each",
           ["stage", f"frames/s at {small}", f"frames/s at {large}", "growth of the time", "hours for 10 million by that growth"], table_rows)
-    print("\nThe leaves stop growing at 100,000 clusters (200,000 frames), so k-means grows no faster than n beyond: its last cell is too high.")
+    print("\nOne run on whatever else the machine does. k-means compares every frame with every leaf: its growth nears n^2 up to 200,000 frames,"
+          " where the leaves stop at 100,000, and is n beyond. From small sizes its last cell says too little: measure near your own.")
 
 
 def main(argv=None):

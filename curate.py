@@ -348,7 +348,7 @@ def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
     if not 1 <= k <= len(x):
         raise ValueError(f"{k} clusters asked of {len(x)} frames: --clusters must lie between 1 and the number of frames")
     rng, best = np.random.default_rng(seed), None
-    for _ in range(min(10, max(1, 2 ** 24 // (k * len(x))))):
+    for _ in range(min(10, max(1, 2 ** 20 // (k * len(x))))):
         some = np.sort(rng.choice(len(x), min(len(x), max(SAMPLE, 4 * k)), replace=False))
         centres, before = first_centres(x[some], k, rng), np.inf
         for step in tqdm(range(steps), desc=f"k-means, k = {k}", disable=not bar, leave=False):

@@ -115,7 +115,7 @@ def test_the_mask_is_the_polyp_that_the_rays_meet():
         s, [(origin, turn)] = synthetic.scene_views(job, rng)
         if s.polyp.stalk:
             continue
-        dirs, t, _, mask, _ = synthetic.look_around(s, origin, turn, 256, 1)
+        dirs, t, _, _, mask, _ = synthetic.look_around(s, origin, turn, 256, 1)
         q = s.polyp
         o = (q.frame @ (origin - q.centre)) / q.axes  # the ellipsoid as a unit sphere
         d = (q.frame @ dirs.reshape(3, -1)) / q.axes[:, None]

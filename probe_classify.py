@@ -445,8 +445,8 @@ def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
     test("majority class", "none", [majority_head(None, y, s.train, n_classes) for s in labelled.splits], [None] * len(sets))
     for name, model in backbones(args.checkpoints, device, args.seed):
         with one_sentence():  # an unreadable frame
-            features = [{k: v.to(device) for k, v in cached(model, fingerprint(s.paths, 224), functools.partial(
-                extract, model, s.paths, device)).items()} for _, s, _ in sets]
+            features = [{k: v.to(device) for k, v in cached(model, fingerprint(s.paths, args.size), functools.partial(
+                extract, model, s.paths, device, args.size)).items()} for _, s, _ in sets]
         for head, (fit, grid) in heads.items():
             chosen = [best_on_validation(fit, grid, features[0], y, s, n_classes, score) for s in labelled.splits]
             test(name, head, [predict for predict, _ in chosen], features)
@@ -466,6 +466,8 @@ def arguments(doc, task):
     parser.add_argument("--data", help=f"data root for {task}; without it the synthetic set, made on first use")
     parser.add_argument("--generalise", help="a second root of the same layout: every head fitted on --data is tested on all of "
                         "it too (the synthetic set brings its own, another scope)")
+    parser.add_argument("--size", type=int, default=224, help="side in pixels of the square that the backbone sees, a multiple of its "
+                        "patch size; a backbone pre-trained on small crops may do better near their size")
     parser.add_argument("--out", help="JSON file of the rows; without it beside the first checkpoint, or under runs/")
     parser.add_argument("--seed", type=int, default=0, help="of the random initialisation, the few-shot draws and the bootstrap")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are computed")
@@ -496,7 +498,7 @@ def report(args, title, rows, labelled, other, metric, task):
     about = {"data": labelled.name, "split": f"{len(labelled.splits)} (first: {len(split.train)} training, {len(split.val)} validation, "
              f"{len(split.test)} test frames)", "metric": metric, "frames": len(labelled.paths), "groups": len(set(labelled.groups)),
              "unrelated data": other and f"{other.name}: {len(other.paths)} frames, {len(set(other.groups))} groups",
-             "seed": args.seed, "paper value": "not available"}
+             "pixels": args.size, "seed": args.seed, "paper value": "not available"}
     rows = [row | about for row in rows]
     print(f"\n## {title}\n\n" + "\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
     for table, caption in (("results", "Results"), ("few-shot", "A few labelled frames per class"),

@@ -131,7 +131,7 @@ HEADS = {"kNN": (knn_head, [{}]), "softmax": (softmax_head, BALANCED_GRID), "ord
 # The score that pre-training watches
 
 
-def online_score(model, labelled, device):
+def online_score(model, labelled, device, size=224):
     """{"kappa", "macro_f1", "accuracy", "knn_kappa"} on the validation groups of split 0; its test frames are never read.
 
     A class-balanced softmax head of fixed strength on the last block's class and mean patch token, and kNN on the class token:
@@ -142,7 +142,7 @@ def online_score(model, labelled, device):
         raise ValueError(f"{labelled.name}: the online probe needs training and validation frames in split 0, "
                          f"found {len(split.train)} and {len(split.val)}")
     rows = np.concatenate([split.train, split.val])
-    features, y = extract(model, [labelled.paths[i] for i in rows], device), torch.from_numpy(labelled.labels[rows])
+    features, y = extract(model, [labelled.paths[i] for i in rows], device, size), torch.from_numpy(labelled.labels[rows])
     train, val = np.arange(len(split.train)), np.arange(len(split.train), len(rows))
     _, pred = softmax_head(features, y, train, n_classes, **FEW_SHOT, power=1)(features, val)
     _, knn = knn_head(features, y, train, n_classes)(features, val)
@@ -231,7 +231,7 @@ def draw_curve(losses, online, exported, path, title):
     save_figure(image, path)
 
 
-def curve(run, labelled, device, out):
+def curve(run, labelled, device, size, out):
     """Figure 1 of a run folder: the loss and online probe of log.jsonl, and its teacher_<step>.pt scored here."""
     run = pathlib.Path(run)
     if not (run / "log.jsonl").exists():
@@ -243,7 +243,7 @@ def curve(run, labelled, device, out):
     for path in sorted(run.glob("teacher_*.pt"), key=lambda p: int(p.stem.split("_")[1])):
         with one_sentence():
             model = vit.load_backbone(path, device)
-            rows.append({"checkpoint": str(path), "step": model.info["step"]} | online_score(model, labelled, device))
+            rows.append({"checkpoint": str(path), "step": model.info["step"]} | online_score(model, labelled, device, size))
     if not losses or not (online or rows):
         raise SystemExit(f"--curve {run}: {len(losses)} logged losses, {len(online)} online probes and {len(rows)} exported teachers; the "
                          "figure needs losses and one of the other two (pretrain.py --probe-every, --export-every)")
@@ -276,7 +276,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     labelled, other = open_sets(args, "mes")
     if args.curve:
-        return curve(args.curve, labelled, args.device, args.out)
+        return curve(args.curve, labelled, args.device, args.size, args.out)
     if args.histogram:
         return histogram(labelled, args.out)
     few_shot_head = functools.partial(linear_head, **FEW_SHOT)

@@ -790,6 +790,125 @@ def bench_curate(argv):
           " where the leaves stop at 100,000, and is n beyond. From small sizes its last cell says too little: measure near your own.")
 
 
+@command
+def bench_study(argv):
+    """pre-training on N curated, N random and all frames, for several N, architectures and seeds, then three probes with fixed heads"""
+    import pathlib
+    import synthetic
+
+    parser = argparse.ArgumentParser(prog="bench.py study", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog="further flags go to pretrain.py as they are, for instance --steps 200 --batch 16")
+    parser.add_argument("--targets", type=int, nargs="+", default=[50, 100, 200], help="N")
+    parser.add_argument("--archs", nargs="+", default=["vitt14", "vits14"], help="architectures")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of curation, random choice and pre-training alike")
+    parser.add_argument("--jobs", type=int, default=1, help="pre-trainings at once, each with its share of the cores")
+    parser.add_argument("--out", default="runs/study", help="folder of all runs; the same command goes on where it stopped")
+    args, flags = parser.parse_known_args(argv)
+    out, root, runs = pathlib.Path(args.out), synthetic.ensure(), {}
+    for seed in args.seeds:
+        for kind, n, frames in study_frames(root / "unlabelled", out, args.targets, seed):
+            for arch in args.archs:
+                runs[arch, n, kind, seed] = [*frames, "--arch", arch, "--recipe", "demo", "--seed", str(seed), *flags,
+                                             "--out", str(out / f"{arch}-{n}-{kind.split()[0]}-{seed}")]
+    pretrain_all(runs.values(), args.jobs)
+    study_table(root, runs, args)
+
+
+def study_frames(data, out, targets, seed):
+    """[("curated" or "random" or "all", N, pretrain.py's flags)]: the frames of one seed, chosen and listed under `out`."""
+    import curate
+    import numpy as np
+    from data import Frames
+
+    frames, rng, chosen = Frames(data), np.random.default_rng(seed), []
+    out.mkdir(parents=True, exist_ok=True)
+    for n in targets:
+        folder, listed = out / f"curated-{n}-{seed}", out / f"random-{n}-{seed}.txt"
+        if not (folder / "manifest.csv").exists():
+            curate.main(["--data", str(data), "--out", str(folder), "--target", str(n), "--seed", str(seed)])
+        rows = rng.choice(len(frames), n, replace=False)
+        listed.write_text("".join(os.path.relpath(frames.path(i), data) + "\n" for i in sorted(rows)))
+        chosen += [("curated", n, ["--data", str(folder / "manifest.csv")]), ("random", n, ["--data", str(data), "--frames", str(listed)])]
+    return chosen + [("all", len(frames), ["--data", str(data)])]
+
+
+def pretrain_all(runs, jobs):
+    """pretrain.py with each list of flags (the last is the run folder), `jobs` at a time; one that fails ends the study with its log."""
+    import concurrent.futures
+    import pathlib
+    import subprocess
+    import sys
+    from tqdm import tqdm
+
+    def run(flags):
+        folder = pathlib.Path(flags[-1])
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.glob("teacher_*.pt")):
+            with open(folder / "output.txt", "w") as log:
+                if subprocess.run([sys.executable, "pretrain.py", *flags], stdout=log, stderr=subprocess.STDOUT, env=os.environ | threads).returncode:
+                    raise SystemExit(f"pretrain.py failed: see {folder / 'output.txt'}")
+
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(run, runs), total=len(runs), desc="pre-training", unit="run"))
+
+
+def study_table(root, runs, args):
+    """Score every run's teacher and each architecture at random initialisation; means and deviations over seeds, and curated - random."""
+    import pathlib
+    import numpy as np
+    import vit
+    from tqdm import tqdm
+
+    scores = {}
+    for (arch, n, kind, seed), flags in tqdm(runs.items(), desc="probes", unit="run"):
+        path = next(pathlib.Path(flags[-1]).glob("teacher_*.pt"))
+        size = torch.load(path, weights_only=True)["args"]["global_size"]
+        torch.manual_seed(seed)
+        models = [("none: random initialisation", 0, lambda: vit.build_vit(arch))] if kind == "all" else []
+        for kind, n, load in [*models, (kind, n, lambda: vit.load_backbone(path))]:
+            scores.setdefault((arch, n, kind), []).append(quick_probes(root, load().eval().requires_grad_(False), size))
+    header = ["architecture", "pre-trained on", "frames", "landmarks accuracy", "landmarks, second scope", "Mayo kappa", "polyps Dice"]
+    cells = lambda s: [f"{m:.3f}" + (f" ± {d:.3f}" if len(s) > 1 else "")
+                       for m, d in zip(np.mean(s, 0), np.std(s, 0, ddof=min(1, len(s) - 1)))]
+    rows = [[arch, kind, n, *cells(s)] for (arch, n, kind), s in sorted(scores.items())]
+    for (arch, n, kind), s in sorted(scores.items()):
+        if kind == "curated":
+            rows.append([arch, "curated - random", n, *cells(np.subtract(s, scores[arch, n, "random"]))])
+    table(f"Data size by model size, seeds {', '.join(map(str, args.seeds))}: mean ± standard deviation", header, rows)
+
+
+def quick_probes(root, model, size):
+    """(landmarks accuracy, the same on the second scope, Mayo kappa, polyps Dice) with heads of fixed strength: nothing is chosen."""
+    import numpy as np
+    import probe_classify
+    import probe_mes
+    import probe_segment
+    from data import open_labelled
+
+    def mean_score(head, labelled, other, score):
+        features, elsewhere = ({k: v for k, v in probe_classify.cached(
+            model, probe_classify.fingerprint(s.paths, size), functools.partial(probe_classify.extract, model, s.paths, "cpu", size)).items()}
+            for s in (labelled, other))
+        n, found = len(labelled.classes), []
+        y, z = torch.from_numpy(labelled.labels), torch.from_numpy(other.labels)
+        for split in labelled.splits:
+            predict = head(features, y, split.train, n)
+            found.append([score(y[split.test], predict(features, split.test)[1], n), score(z, predict(elsewhere, np.arange(len(z)))[1], n)])
+        return np.mean(found, 0)
+
+    linear = functools.partial(probe_classify.linear_head, **probe_classify.FEW_SHOT)
+    softmax = functools.partial(probe_mes.softmax_head, **probe_mes.FEW_SHOT, power=1)
+    accuracy = lambda y, pred, n: probe_classify.accuracy(y, pred)
+    landmarks = mean_score(linear, *(open_labelled(r, "landmarks") for r in (root, root / "scope2")), accuracy)
+    grades = mean_score(softmax, *(open_labelled(r, "mes") for r in (root, root / "scope2")), probe_mes.quadratic_kappa)
+    polyps, flags = open_labelled(root, "polyps"), probe_segment.parse(["--size", str(size), "--steps", "200", "--device", "cpu"])
+    head, _ = probe_segment.choose_head(flags, model, "linear", polyps)
+    predict = lambda image, shape: probe_segment.predict(model, head, "linear", image, shape, [size])
+    dice = probe_segment.test_head(predict, polyps, polyps.splits[0].test, None)[:, 0].mean()
+    return *landmarks, grades[0], dice
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(f"{n}: {f.__doc__.splitlines()[0]}" for n, f in sorted(COMMANDS.items())))

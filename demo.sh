@@ -10,7 +10,7 @@ trap 'exit 130' INT TERM
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 
-steps=${DEMO_STEPS:-150}
+steps=${DEMO_STEPS:-120}
 out=runs/demo${DEMO_STEPS:+-$DEMO_STEPS}
 python=${PYTHON:-.venv/bin/python}
 if [ ! -x "$(command -v "$python")" ]; then
@@ -39,7 +39,7 @@ if [ ! -e "$out/teacher_$steps.pt" ]; then  # a signal ended it, after it had sa
     rm -f "$out/pretraining.md"
     exit 130
 fi
-stage landmarks "$python" probe_classify.py "$out/best.pt"
+stage landmarks "$python" probe_classify.py "$out/best.pt" --size 98
 stage polyps "$python" probe_segment.py "$out/best.pt" --heads linear --steps 200
 stage mes "$python" probe_mes.py "$out/best.pt"
 

@@ -418,7 +418,7 @@ def probe(model, args, labelled, step, best, device, rank):
     import probe_mes  # lazily: training without a probe does not need it
     backbone, metrics = plain_teacher(model, args), {}
     if rank == 0:
-        metrics = probe_mes.online_score(backbone.to(device), labelled, device, args.global_size)
+        metrics = probe_mes.online_score(backbone.to(device), labelled, device)
         name = "kappa" if args.probe_task == "mes" else "macro_f1"
         tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f" (best {name} so far {best:.3f})")
         if metrics[name] > best:
@@ -510,7 +510,7 @@ def parse(argv=None):
     box("--export-every", type=int, default=5000, help="steps between two teacher_<step>.pt; 0 = only at the end")
     box("--log-every", type=int, default=10, help="steps between two lines of log.jsonl")
     box("--max-skips", type=int, default=0, help="steps with a non-finite loss or gradient that are skipped before the run stops")
-    box("--probe-every", type=int, default=0, help="steps between two scores of the teacher on labelled frames, seen at --global-size; 0 = never")
+    box("--probe-every", type=int, default=0, help="steps between two scores of the teacher on labelled frames; 0 = never")
     box("--probe-data", help="labelled frames in a layout that data.py knows; the synthetic Mayo set if not given")
     box("--probe-task", default="mes", choices=("mes", "landmarks"), help="what they show; best.pt has the best quadratic kappa or macro F1")
 

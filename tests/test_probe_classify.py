@@ -316,6 +316,15 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     assert pc.main(["b.pt", "--device", "cpu", "--out", "again.json"]) == rows
 
 
+def test_size_is_what_the_backbone_sees(quick, monkeypatch):
+    seen, extract = [], pc.extract
+    monkeypatch.setattr(pc, "extract", lambda *a: seen.append(a[3]) or extract(*a))
+    rows = pc.main(["b.pt", "--device", "cpu", "--size", "56", "--out", "small.json"])
+    assert seen == [56] * 4 and {r["pixels"] for r in rows} == {56}  # two backbones, two sets: no features of another size were taken
+    with pytest.raises(SystemExit, match="57"):
+        pc.main(["b.pt", "--device", "cpu", "--size", "57"])
+
+
 def test_without_arguments_random_weights_and_the_majority(quick, monkeypatch):
     monkeypatch.setattr(pc.vit, "build_vit", lambda arch: tiny_vit(seed=torch.initial_seed()))
     rows = pc.main([])

@@ -41,7 +41,7 @@ if [ ! -e "$out/teacher_$steps.pt" ]; then  # a signal ended it, after it had sa
 fi
 stage landmarks "$python" probe_classify.py "$out/best.pt" --size 98
 stage polyps "$python" probe_segment.py "$out/best.pt" --heads linear --steps 200
-stage mes "$python" probe_mes.py "$out/best.pt"
+stage mes "$python" probe_mes.py "$out/best.pt" --splits 3
 
 frames=(data/synthetic/Kvasir-SEG/images/*_0.jpg)
 stage crops "$python" data.py --data data/synthetic/unlabelled --show "$out/crops.png"

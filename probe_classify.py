@@ -10,6 +10,7 @@ on a fold's validation frames; the head that won there, fitted on the training f
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -468,6 +469,8 @@ def arguments(doc, task):
                         "it too (the synthetic set brings its own, another scope)")
     parser.add_argument("--size", type=int, default=224, help="side in pixels of the square that the backbone sees, a multiple of its "
                         "patch size; a backbone pre-trained on small crops may do better near their size")
+    parser.add_argument("--splits", type=int, help="only the first so many splits (folds), for a quick look; None: all, which is what "
+                        "published numbers are means over")
     parser.add_argument("--out", help="JSON file of the rows; without it beside the first checkpoint, or under runs/")
     parser.add_argument("--seed", type=int, default=0, help="of the random initialisation, the few-shot draws and the bootstrap")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are computed")
@@ -479,8 +482,11 @@ def open_sets(args, task):
     with one_sentence():
         root = pathlib.Path(args.data or synthetic.ensure())
         labelled = data.open_labelled(root, task)
+        labelled = dataclasses.replace(labelled, splits=labelled.splits[:args.splits])
         other = args.generalise or (None if args.data else root / "scope2")
         other = data.open_labelled(other, task) if other else None
+        if args.splits is not None and args.splits < 1:
+            raise ValueError(f"--splits {args.splits}: at least one split must be left")
         if task != "polyps" and len(labelled.classes) < 2:
             raise ValueError(f"{root}: expected two or more classes for {task}, found {', '.join(labelled.classes)} alone")
         for k, split in enumerate(labelled.splits):

@@ -319,10 +319,12 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
 def test_size_is_what_the_backbone_sees(quick, monkeypatch):
     seen, extract = [], pc.extract
     monkeypatch.setattr(pc, "extract", lambda *a: seen.append(a[3]) or extract(*a))
-    rows = pc.main(["b.pt", "--device", "cpu", "--size", "56", "--out", "small.json"])
+    rows = pc.main(["b.pt", "--device", "cpu", "--size", "56", "--splits", "2", "--out", "small.json"])
+    assert {len(r["chosen on validation"]) for r in rows if "chosen on validation" in r} == {2} and rows[0]["split"].startswith("2 ")
     assert seen == [56] * 4 and {r["pixels"] for r in rows} == {56}  # two backbones, two sets: no features of another size were taken
-    with pytest.raises(SystemExit, match="57"):
-        pc.main(["b.pt", "--device", "cpu", "--size", "57"])
+    for flag, value in (("--size", "57"), ("--splits", "0")):
+        with pytest.raises(SystemExit, match=value):
+            pc.main(["b.pt", "--device", "cpu", flag, value])
 
 
 def test_without_arguments_random_weights_and_the_majority(quick, monkeypatch):

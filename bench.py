@@ -809,7 +809,7 @@ def bench_study(argv):
         for kind, n, frames in study_frames(root / "unlabelled", out, args.targets, seed):
             for arch in args.archs:
                 runs[arch, n, kind, seed] = [*frames, "--arch", arch, "--recipe", "demo", "--seed", str(seed), *flags,
-                                             "--out", str(out / f"{arch}-{n}-{kind.split()[0]}-{seed}")]
+                                             "--out", str(out / f"{arch}-{n}-{kind}-{seed}")]
     pretrain_all(runs.values(), args.jobs)
     study_table(root, runs, args)
 
@@ -864,10 +864,12 @@ def study_table(root, runs, args):
     for (arch, n, kind, seed), flags in tqdm(runs.items(), desc="probes", unit="run"):
         path = next(pathlib.Path(flags[-1]).glob("teacher_*.pt"))
         size = torch.load(path, weights_only=True)["args"]["global_size"]
-        torch.manual_seed(seed)
-        models = [("none: random initialisation", 0, lambda: vit.build_vit(arch))] if kind == "all" else []
-        for kind, n, load in [*models, (kind, n, lambda: vit.load_backbone(path))]:
-            scores.setdefault((arch, n, kind), []).append(quick_probes(root, load().eval().requires_grad_(False), size))
+        models = {(arch, n, kind): vit.load_backbone(path)}
+        if kind == "all":  # once per architecture and seed
+            torch.manual_seed(seed)
+            models[arch, 0, "none: random initialisation"] = vit.build_vit(arch)
+        for row, model in models.items():
+            scores.setdefault(row, []).append(quick_probes(root, model.eval().requires_grad_(False), size))
     header = ["architecture", "pre-trained on", "frames", "landmarks accuracy", "landmarks, second scope", "Mayo kappa", "polyps Dice"]
     cells = lambda s: [f"{m:.3f}" + (f" ± {d:.3f}" if len(s) > 1 else "")
                        for m, d in zip(np.mean(s, 0), np.std(s, 0, ddof=min(1, len(s) - 1)))]
@@ -887,9 +889,7 @@ def quick_probes(root, model, size):
     from data import open_labelled
 
     def mean_score(head, labelled, other, score):
-        features, elsewhere = ({k: v for k, v in probe_classify.cached(
-            model, probe_classify.fingerprint(s.paths, size), functools.partial(probe_classify.extract, model, s.paths, "cpu", size)).items()}
-            for s in (labelled, other))
+        features, elsewhere = (probe_classify.frozen_features(model, s.paths, "cpu", size) for s in (labelled, other))
         n, found = len(labelled.classes), []
         y, z = torch.from_numpy(labelled.labels), torch.from_numpy(other.labels)
         for split in labelled.splits:

@@ -273,6 +273,11 @@ def cached(model, data_key, compute, folder="features"):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def frozen_features(model, paths, device, image_size):
+    """What extract gives for these frames, computed once and then read from disk."""
+    return cached(model, fingerprint(paths, image_size), functools.partial(extract, model, paths, device, image_size))
+
+
 def read_batch(paths, image_size):
     return torch.stack([data.eval_image(p, image_size) for p in paths])                             # (b, 3, S, S)
 
@@ -446,8 +451,7 @@ def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
     test("majority class", "none", [majority_head(None, y, s.train, n_classes) for s in labelled.splits], [None] * len(sets))
     for name, model in backbones(args.checkpoints, device, args.seed):
         with one_sentence():  # an unreadable frame
-            features = [{k: v.to(device) for k, v in cached(model, fingerprint(s.paths, args.size), functools.partial(
-                extract, model, s.paths, device, args.size)).items()} for _, s, _ in sets]
+            features = [{k: v.to(device) for k, v in frozen_features(model, s.paths, device, args.size).items()} for _, s, _ in sets]
         for head, (fit, grid) in heads.items():
             chosen = [best_on_validation(fit, grid, features[0], y, s, n_classes, score) for s in labelled.splits]
             test(name, head, [predict for predict, _ in chosen], features)
@@ -482,11 +486,11 @@ def open_sets(args, task):
     with one_sentence():
         root = pathlib.Path(args.data or synthetic.ensure())
         labelled = data.open_labelled(root, task)
+        if args.splits is not None and args.splits < 1:
+            raise ValueError(f"--splits {args.splits}: at least one split must be left")
         labelled = dataclasses.replace(labelled, splits=labelled.splits[:args.splits])
         other = args.generalise or (None if args.data else root / "scope2")
         other = data.open_labelled(other, task) if other else None
-        if args.splits is not None and args.splits < 1:
-            raise ValueError(f"--splits {args.splits}: at least one split must be left")
         if task != "polyps" and len(labelled.classes) < 2:
             raise ValueError(f"{root}: expected two or more classes for {task}, found {', '.join(labelled.classes)} alone")
         for k, split in enumerate(labelled.splits):

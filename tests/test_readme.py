@@ -183,8 +183,7 @@ def test_faults_can_be_planted_and_name_their_test(number):
 
 # --- the demonstration ------------------------------------------------------------------------------------------------------------
 
-STUB = """#!{python}
-import pathlib, sys
+STUB = """import pathlib, sys
 words = sys.argv[1:]
 with open("calls.txt", "a") as calls:
     print(*words, sep="\\t", file=calls)
@@ -197,7 +196,7 @@ if "--show" in words or "--sheet" in words:
     pathlib.Path(words[-1]).touch()
 out = pathlib.Path(words[words.index("--out") + 1] if "--out" in words else ".")
 if words[0] == "pretrain.py":
-    (out / f"teacher_{{words[words.index('--steps') + 1]}}.pt").touch()
+    (out / f"teacher_{words[words.index('--steps') + 1]}.pt").touch()
 if words[0] == "curate.py":
     out.mkdir(parents=True)
     (out / "sheet.png").touch()
@@ -211,7 +210,8 @@ def test_demo_goes_on_where_it_was_stopped(tmp_path, parsers):
         (folder / name).mkdir(parents=True)
     shutil.copy(DEMO, folder)
     python = folder / "python"
-    python.write_text(STUB.format(python=sys.executable))
+    (folder / "stub.py").write_text(STUB)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" stub.py "$@"\n')  # a #! line of its own would not bear a path with spaces
     python.chmod(0o755)
     for i in range(5):
         (folder / f"data/synthetic/Kvasir-SEG/images/patient{i}_0.jpg").touch()

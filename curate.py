@@ -541,11 +541,12 @@ def number_videos(frames):
 
 
 def default_levels(n):
-    """Clusters from the leaves up: two frames to a leaf, so that rare views keep one of their own, but at most 100,000 leaves; then
-    four clusters to one above, until there are at most 16."""
-    sizes = [max(1, min(n // 2, 100_000))]
-    while sizes[-1] > 16:
-        sizes.append(sizes[-1] // 4)
+    """Clusters from the leaves up: two frames to a leaf, so that rare views keep one of their own, but at most 100,000 leaves; above
+    them ..., 256, 64, 16. With fewer than 16 at the top a view that is rare has no share of its own, however few frames are asked."""
+    sizes, k = [max(1, min(n // 2, 100_000))], 16
+    while k == 16 < sizes[0] or k <= sizes[0] // 2:
+        sizes.insert(1, k)
+        k *= 4
     return sizes
 
 

@@ -429,7 +429,7 @@ def labelled_jobs(root, scope, scale, rng):
     each = min(4, number(12, 1))  # frames of a patient in one place
     jobs = hyper_kvasir(root / "hyper-kvasir", number(30, 5), each)
     jobs += kvasir_seg(root / "Kvasir-SEG", number(100, 8), each)
-    jobs += limuc(root / "LIMUC", number(48, 12), each, rng)
+    jobs += limuc(root / "LIMUC", number(96, 12), min(2, each), rng)  # more patients of fewer frames: 15 % of them are all that is tested
     return [dict(job, scope=scope, video=False) for job in jobs]
 
 

@@ -103,10 +103,34 @@ def test_the_sharpest_of_neighbours_stays_and_other_videos_do_not_count():
     assert curate.duplicates(x, np.array([0, 0, 0, 0, 1]), np.ones(5), 0.95, window=1).tolist() == [False, True, False, False, False]
 
 
+def clip(kind, patient, seconds):
+    """The frames that a video of one landmark shows at these times, as PIL images."""
+    key = (11, 1, patient)
+    look, rng = synthetic.appearance(synthetic.generator(*key)), synthetic.generator(*key, kind, 0)
+    maps, s, path = synthetic.skin(rng, SIZE * 3 // 2), synthetic.anatomy(kind, rng), int(rng.integers(2 ** 31))
+    for t in seconds:
+        view = synthetic.camera(s, synthetic.generator(path), t)
+        yield Image.fromarray(synthetic.render(s, look, maps, *view, rng, SIZE)[0])
+
+
+@pytest.mark.parametrize("common, rare", (("retroflex-stomach", "pylorus"), ("cecum", "z-line")))
+def test_landmarks_at_50_to_1_come_out_within_2_to_1(common, rare, tmp_path):
+    """Eight videos in which the camera dwells on one landmark, 50 frames each in two seconds, and eight with one frame of another."""
+    for i in range(8):
+        for name, kind, patient, seconds in (("common", common, i, np.arange(50) / 25), ("rare", rare, 20 + i, [0])):
+            folder = tmp_path / "frames" / f"{name}{i}"
+            folder.mkdir(parents=True)
+            for j, image in enumerate(clip(kind, patient, seconds)):
+                image.save(folder / f"{j:02d}.jpg", quality=90)
+    report, rows = run(tmp_path / "frames", tmp_path / "out", "--target", 16)
+    assert report["frames"] == 408 and len(rows) == 16
+    assert 16 / 3 <= sum(row["video"].startswith("rare") for row in rows) <= 16 * 2 / 3
+
+
 @pytest.fixture(scope="session")
 def rare_of_12(scenes, tmp_path_factory):
     """How many of 12 chosen frames show the rare landmark, when one in 51 does: both are seen in eight patients, but each view of the
-    common one recurs 50 times, turned, dimmed and in other videos. Default levels, untrained descriptor."""
+    common one recurs 50 times, turned, dimmed and in other videos, where no near-duplicate is looked for."""
     root, rng = tmp_path_factory.mktemp("imbalance"), np.random.default_rng(0)
     for i, image in enumerate(scenes):
         for j in range(50 if i < 8 else 1):
@@ -120,7 +144,7 @@ def rare_of_12(scenes, tmp_path_factory):
 
 
 @pytest.mark.xfail(reason="not reached with the untrained descriptor: it groups frames by their look more than by their landmark")
-def test_landmarks_at_50_to_1_come_out_within_2_to_1(rare_of_12):
+def test_50_to_1_in_other_videos_comes_out_within_2_to_1(rare_of_12):
     assert 4 <= rare_of_12 <= 8, rare_of_12
 
 
@@ -133,7 +157,7 @@ def test_concepts_at_50_to_1_come_out_even_where_the_embedding_tells_them_apart(
     g = torch.Generator().manual_seed(0)
     middles = torch.randn(2, 32, generator=g)
     x = F.normalize(middles[[0] * 250 + [1] * 5] + 0.3 * torch.randn(255, 32, generator=g), dim=1)
-    tree = curate.hierarchy(x, curate.default_levels(255) + [2], 0, 3, lambda name, compute: compute())
+    tree = curate.hierarchy(x, [127, 31, 7, 2], 0, 3, lambda name, compute: compute())
     chosen = curate.balanced_sample(tree, np.arange(255), 10, np.random.default_rng(0))
     assert (chosen >= 250).sum() == 5
 

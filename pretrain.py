@@ -546,7 +546,7 @@ def complete(parser, args):
     args.out = args.out or f"runs/{args.arch}-{args.recipe}"
     for name in ("global_size", "local_size"):
         if getattr(args, name) % 14 or getattr(args, name) < 28:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not divide into patches of 14 px: use a multiple of 14")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: crops are squares of 14 px patches, so a multiple of 14 from 28 up")
     for name in ("steps", "batch", "local_crops", "prototypes", "save_every", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -92,13 +92,13 @@ def fit_linear(x, y, n_classes, l2, weight=None):
         raise ValueError("fit_linear needs at least one training frame")
     wide, (present, y) = x.double(), y.to(x.device).unique(return_inverse=True)
     weight = None if weight is None else weight.to(wide)[present]
-    turn = whitening(wide, l2)                                                                      # (D, D)
-    v = wide.new_zeros(len(present), x.shape[1], requires_grad=True)
+    turn = whitening(wide, l2)                                                                      # (min(n, D), D)
+    turned = wide @ turn.T                                                                          # (n, min(n, D))
+    v = wide.new_zeros(len(present), len(turn), requires_grad=True)
     b = wide.new_zeros(len(present), requires_grad=True)
 
     def objective():
-        w = v @ turn
-        return F.cross_entropy(F.linear(wide, w, b), y, weight) + l2 / 2 * w.square().sum()
+        return F.cross_entropy(F.linear(turned, v, b), y, weight) + l2 / 2 * (v @ turn).square().sum()
 
     minimise(objective, [v, b])
     head = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, dtype=x.dtype, device=x.device)  # draws no random number
@@ -109,31 +109,35 @@ def fit_linear(x, y, n_classes, l2, weight=None):
 
 
 def whitening(x, l2):
-    """A (D, D) matrix A such that, in terms of v with w = v A, a logistic loss on x (n, D) + l2/2 |w|^2 is about as curved in
-    every direction. The minimum stays where it is; L-BFGS gets there in tens of steps instead of thousands.
+    """A (min(n, D), D) such that, in terms of v with w = v A, a logistic loss on x (n, D) + l2/2 |w|^2 is about as curved in every
+    direction. The minimum stays where it is, in the span of x's rows; L-BFGS gets there in tens of steps instead of thousands.
     """
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    curvature = x.T @ x / (4 * len(x)) + max(l2, 1e-6) * identity                                   # (D, D): p (1 - p) <= 1/4
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(curvature), identity, upper=False)
+    basis = None if len(x) >= x.shape[1] else torch.linalg.qr(x.T)[0]                               # (D, n): of the rows' span
+    z = x if basis is None else x @ basis
+    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    curvature = z.T @ z / (4 * len(z)) + max(l2, 1e-6) * identity                                   # p (1 - p) <= 1/4
+    a = torch.linalg.solve_triangular(torch.linalg.cholesky(curvature), identity, upper=False)
+    return a if basis is None else a @ basis.T
 
 
 def minimise(objective, params, tolerance=1e-7, max_iter=2000):
     """Bring a smooth objective() of float64 params to its minimum, in place: until no gradient entry exceeds the tolerance, or
     the objective, of order 1, has no digits left to change.
     """
-    solver = torch.optim.LBFGS(params, max_iter=max_iter, max_eval=2 * max_iter, tolerance_grad=tolerance,
-                               tolerance_change=1e-15, history_size=100, line_search_fn="strong_wolfe")
+    scale = 2.0 ** 20  # torch's L-BFGS learns nothing from a step whose product with the gradient's change is below 1e-10
+    solver = torch.optim.LBFGS(params, max_iter=max_iter, max_eval=2 * max_iter, tolerance_grad=scale * tolerance,
+                               tolerance_change=scale * 1e-15, history_size=100, line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()
-        loss = objective()
+        loss = scale * objective()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         solver.step(closure)
         closure()
-    worst = torch.cat([p.grad.flatten() for p in params]).abs().max().item()
+    worst = torch.cat([p.grad.flatten() for p in params]).abs().max().item() / scale
     if worst > 100 * tolerance:
         warnings.warn(f"L-BFGS stopped with a gradient entry of {worst:.1e} after {max_iter} iterations")
 
@@ -464,15 +468,15 @@ def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
     return results + shots + differences(outcomes, pairs, sets, metrics, keys, args.seed)
 
 
-def arguments(doc, task):
-    """The flags that both classification probes share."""
+def arguments(doc, task, size=224, otherwise=""):
+    """The parser of the flags that all probes share; `otherwise` says what a --size of None means."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoints", nargs="*", help="backbone files: ours, released DINOv2 weights, DINOv2 training checkpoints")
     parser.add_argument("--data", help=f"data root for {task}; without it the synthetic set, made on first use")
     parser.add_argument("--generalise", help="a second root of the same layout: every head fitted on --data is tested on all of "
                         "it too (the synthetic set brings its own, another scope)")
-    parser.add_argument("--size", type=int, default=224, help="side in pixels of the square that the backbone sees, a multiple of its "
-                        "patch size; a backbone pre-trained on small crops may do better near their size")
+    parser.add_argument("--size", type=int, default=size, help="side in pixels of the square that the backbone sees, a multiple of its "
+                        "patch size; a backbone pre-trained on small crops may do better near their size" + otherwise)
     parser.add_argument("--splits", type=int, help="only the first so many splits (folds), for a quick look; None: all, which is what "
                         "published numbers are means over")
     parser.add_argument("--out", help="JSON file of the rows; without it beside the first checkpoint, or under runs/")

@@ -88,8 +88,9 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
     x, y = x.double(), y.to(x.device)
     weight = x.new_ones(len(y)) if weight is None else weight.to(x)[y]
     present, y = y.unique(return_inverse=True)
-    turn = whitening(x, l2)                                                                         # (D, D)
-    v = x.new_zeros(x.shape[1], requires_grad=True)
+    turn = whitening(x, l2)                                                                         # (min(n, D), D)
+    turned = x @ turn.T                                                                             # (n, min(n, D))
+    v = x.new_zeros(len(turn), requires_grad=True)
     first = x.new_full((min(len(present) - 1, 1),), 1 - len(present) / 2, requires_grad=True)
     gaps = x.new_zeros(max(len(present) - 2, 0), requires_grad=True)  # log of theta_c - theta_(c-1): keeps the thresholds in order
 
@@ -97,13 +98,13 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
         return torch.cat([first, first + gaps.exp().cumsum(0)])                                     # (present classes - 1,)
 
     def objective():
-        w = v @ turn
-        upper = F.pad(thresholds(), (0, 1), value=torch.inf)[y] - x @ w                             # (n,)
-        lower = F.pad(thresholds(), (1, 0), value=-torch.inf)[y] - x @ w
+        along = turned @ v                                                                          # (n,)
+        upper = F.pad(thresholds(), (0, 1), value=torch.inf)[y] - along
+        lower = F.pad(thresholds(), (1, 0), value=-torch.inf)[y] - along
         # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - e^(l - u)), whose logarithm does not cancel
         width = F.pad(gaps.exp(), (1, 1), value=torch.inf)[y]
         likelihood = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
-        return -(weight * likelihood).sum() / weight.sum() + l2 / 2 * w.square().sum()
+        return -(weight * likelihood).sum() / weight.sum() + l2 / 2 * (v @ turn).square().sum()
 
     minimise(objective, [v, first, gaps])
     ends = torch.cat([x.new_tensor([-torch.inf]), thresholds().detach(), x.new_tensor([torch.inf])])

@@ -451,11 +451,9 @@ def differences(scores, pairs, sets, seed):
 
 
 def parse(argv):
-    parser = arguments(__doc__, "polyps (Kvasir-SEG, or PraNet's tree)")
+    parser = arguments(__doc__, "polyps (Kvasir-SEG, or PraNet's tree)", None, "; None: 518 on a GPU, 224 on a CPU")
     parser.add_argument("--heads", nargs="+", choices=HEADS, help="which heads; None: all on a GPU, linear and boosted on a CPU")
-    parser.set_defaults(size=None)
-    parser.add_argument("--boosted-size", type=int, help="as --size, which None makes 518 on a GPU and 224 on a CPU, for the boosted head; "
-                        "None: 644 on a GPU, 336 on a CPU")
+    parser.add_argument("--boosted-size", type=int, help="as --size, for the boosted head; None: 644 on a GPU, 336 on a CPU")
     parser.add_argument("--scales", type=float, nargs="+", help="of the boosted head's size at test time; None: 1 1.32 1.73 on a GPU, 1 1.32 on a CPU")
     parser.add_argument("--dpt-channels", type=int, help="width of the DPT head's fusion; None: 256 (DINOv2's) on a GPU, 64 on a CPU")
     parser.add_argument("--steps", type=int, default=500, help="training steps of a head, for each learning rate tried")

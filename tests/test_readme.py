@@ -1,5 +1,6 @@
 """README.md and docs/course.md against the code: every file, line count, function, flag, test and set-up command that they name; what the
-course says its experiments print; demo.sh, stopped and started again. `python tests/test_readme.py` writes the true line counts into the README.
+course says its experiments print; the README's commands, small; demo.sh, stopped and started again. `python tests/test_readme.py` writes the
+true line counts into the README.
 """
 import argparse
 import ast
@@ -15,6 +16,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
@@ -121,6 +123,50 @@ def test_commands_have_flags_that_exist(path, parsers):
     assert len(found) > 3
     for name, argv in found:
         main(name, argv)
+
+
+SMALL = {  # added to a command: as few frames, pixels and steps as it takes; the rest of bench.py measures, for minutes to hours
+    "pretrain": "--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --prototypes 16 --head-hidden 32 --export-every 1 --device cpu",
+    "curate": "--target 4 --sharp 0 9 --workers 0 --device cpu", "vit": "--size 28", "bench cost": "--archs vitt14",
+    "probe_classify": "--size 28 --splits 1 --device cpu", "probe_mes": "--size 28 --splits 1 --device cpu",
+    "probe_segment": "--size 28 --boosted-size 28 --scales 1 --steps 2 --heads linear boosted --device cpu"}
+
+
+@pytest.fixture
+def laid_out(tmp_path, monkeypatch):
+    """A folder with all that the README's commands name, from synthetic frames of 64 pixels; the working directory, on one thread."""
+    import synthetic
+    monkeypatch.chdir(tmp_path)
+    synthetic.ensure(videos=2, frames=6, scale=.05, size=64, workers=0)
+    for name in ("Kvasir-SEG", "hyper-kvasir", "LIMUC"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data/synthetic" / name)
+    for name, video in (("a", "video0000"), ("b", "video0001")):
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        for i, frame in enumerate(sorted((tmp_path / "data/synthetic/unlabelled" / video).iterdir())):
+            shutil.copy(frame, tmp_path / "frames" / name / f"{i + 1:06d}.jpg")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_commands_run(laid_out, capsys):
+    """The README's commands in its order, small; two steps of a tiny backbone stand for every published run and for DINOv2's weights."""
+    ran = []
+    for name, argv in commands(README.read_text()):
+        flags = SMALL.get(f"{name} {argv[0]}" if name == "bench" else name)
+        if flags is None:
+            continue
+        argv = [re.sub(r"teacher_\d+", "teacher_2", word).replace("vitb14", "vitt14") for word in argv]
+        if "--curve" in argv or "--histogram" in argv:
+            flags = "--device cpu"
+        if "dinov2_vitt14_pretrain.pth" in argv:
+            shutil.copy("runs/kvasir/teacher_2_dinov2.pth", "dinov2_vitt14_pretrain.pth")
+        importlib.import_module(name).main(argv + flags.split())
+        ran.append((name, capsys.readouterr().out))
+    assert [name for name, _ in ran].count("pretrain") >= 4 and {name for name, _ in ran} == {key.split()[0] for key in SMALL}
+    assert all(re.search(r"^\| random initialisation .*\d\.\d{3}", out, re.M) for name, out in ran if name.startswith("probe") and "checkpoint | step" not in out)
+    assert all(list(laid_out.glob(made)) for made in ("curated/manifest.csv", "tokens.png", "runs/kvasir/*.png", "runs/*/teacher_2.pt"))
 
 
 @texts

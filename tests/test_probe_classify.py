@@ -149,6 +149,17 @@ def test_fit_linear_leaves_no_gradient(l2, shape):
     assert max(g.abs().max().item() for g in grads) < 1e-6 * x.square().sum(1).mean().sqrt().item()
 
 
+@pytest.mark.parametrize("n, d", [(18, 384), (60, 384)])
+def test_fit_linear_ends_soon_on_few_separable_frames(n, d, monkeypatch):
+    """Some 250 evaluations; where minimise does not scale its objective, L-BFGS stalls."""
+    g, y = torch.Generator().manual_seed(0), torch.arange(n) % 6
+    x = (torch.randn(6, d, generator=g)[y] + torch.randn(n, d, generator=g)).cumsum(1)  # neighbouring dimensions resemble each other
+    calls, real = [], pc.minimise
+    monkeypatch.setattr(pc, "minimise", lambda objective, params: real(lambda: calls.append(1) or objective(), params))
+    pc.fit_linear((x - x.mean(0)) / x.std(0), y, 6, 1e-3)
+    assert len(calls) < 500
+
+
 def test_fit_linear_does_not_penalise_the_bias():
     x, y = problem(60)
     y = torch.where(torch.arange(60) < 45, 0, torch.where(torch.arange(60) < 55, 1, 2))

@@ -302,7 +302,7 @@ def duplicates(x, video, sharp, threshold, window=32):
 
 def resembling(x, others, threshold):
     """(n,) bool: rows of x (n, D) whose cosine with any row of others (m, D) reaches the threshold."""
-    return np.concatenate([(x[part] @ others.T).amax(1).ge(threshold).cpu().numpy() for part in chunks(len(x), len(others))])
+    return np.concatenate([(x[part] @ others.T).amax(1).ge(threshold).cpu().numpy() for part in chunks(len(x), max(others.shape))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,6 +365,19 @@ def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
     return best[1:]
 
 
+class Rows:
+    """The rows `rows` of x, read when they are asked for."""
+
+    def __init__(self, x, rows):
+        self.x, self.rows, self.device = x, rows, x.device
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, at):
+        return self.x[self.rows[at]]
+
+
 def nearest(labels, cosines, per):
     """Sorted numbers of the `per` members of each cluster that its centre fits best."""
     order = np.lexsort((-cosines, labels))
@@ -386,12 +399,12 @@ def hierarchy(x, sizes, seed, rounds, save):
             for r in range(rounds):
                 near = nearest(labels, cosines, max(1, len(x) // (2 * k)))
                 if len(near) >= k:
-                    centres = kmeans(x[near], k, seed + level + r + 1)[0]
+                    centres = kmeans(Rows(x, near), k, seed + level + r + 1)[0]
                     labels, cosines, _ = assign(x, centres, sums=False)
             return {"centres": centres.cpu().numpy(), "labels": labels}
         found = save(f"clusters{level + 1}", compute)
         tree.append(found["labels"])
-        x = torch.from_numpy(found["centres"])
+        x = torch.from_numpy(found["centres"]).to(x.device)
     return tree
 
 
@@ -531,6 +544,8 @@ def open_excluded(source):
     if source.is_dir() or source.suffix == ".csv":
         return data.Frames(source)
     lines = data.read_lines(source)
+    if not lines:
+        raise ValueError(f"--exclude {source}: the list is empty")
     return Listed(lines) if all(os.path.isfile(line) for line in lines) else data.Frames(source.parent, only=source)
 
 
@@ -572,7 +587,7 @@ def drop_duplicates(frames, video, scores, code, work, key, args):
     readable = ~np.isnan(np.asarray(file[:, 0]))
     code[good[~readable]] = 1 + REASONS.index("unreadable")
     rows, good = np.flatnonzero(readable), good[readable]
-    moments = moments_of(file, args.seed)
+    moments, key = moments_of(file, args.seed), key_of(key, args.seed)
     x = Embeddings(file, rows, moments, args.device)
     drop = stage(work, "duplicates", (key, args.duplicate, args.window), lambda: {"drop": duplicates(
         x, video[good], scores[good, list(QUALITY).index("sharp")], args.duplicate, args.window)})["drop"]
@@ -646,7 +661,7 @@ def main(argv=None):
     for name, (allowed, words) in QUALITY.items():
         add(f"--{name}", type=float, nargs=2, metavar=("MIN", "MAX"), default=allowed, help=f"else {words} (default: %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.target or 1, args.per_video or 1, args.window, *(args.clusters or [1])) < 1 or min(args.workers, args.resample) < 0:
+    if min(args.window, *(n for n in (args.target, args.per_video, *(args.clusters or ())) if n is not None), 1) < 1 or min(args.workers, args.resample) < 0:
         parser.error("--target, --per-video, --window and --clusters must be positive, --workers and --resample not negative")
     if args.clusters and args.clusters != sorted(args.clusters, reverse=True):
         parser.error("--clusters go from the leaves up: every number at most the one before it")

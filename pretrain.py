@@ -99,6 +99,7 @@ class DINOv2(nn.Module):
         self.teacher["backbone"].drop_path = 0.0
         self.register_buffer("dino_center", torch.zeros(n_prototypes))
         self.register_buffer("ibot_center", torch.zeros(n_prototypes))
+        self.next_centers = ()  # with centering: what they become if this step is taken
         self.teacher_logits = None  # (2B, K) class logits of the last batch, kept for the collapse statistics
 
     def train(self, mode=True):
@@ -136,23 +137,24 @@ class DINOv2(nn.Module):
         self.teacher_logits = cls
         if self.centering == "sinkhorn":
             targets = losses.teacher_targets(cls.unflatten(0, (2, -1)), temp), losses.teacher_targets(patch, temp)
-        else:  # the centre of this batch serves the next one
+        else:
             targets = (losses.teacher_targets(cls.unflatten(0, (2, -1)), temp, self.dino_center),
                        losses.teacher_targets(patch, temp, self.ibot_center))
-            for center, logits in ((self.dino_center, cls), (self.ibot_center, patch)):
-                new = losses.update_center(center, logits)
-                center.copy_(torch.where(new.isfinite().all(), new, center))  # one bad batch must not poison the teacher
+            self.next_centers = losses.update_center(self.dino_center, cls), losses.update_center(self.ibot_center, patch)
         return targets
 
     @torch.no_grad()
     def update_teacher(self, momentum):
-        """teacher <- momentum * teacher + (1 - momentum) * student, over backbone and heads, in float32."""
+        """teacher <- momentum * teacher + (1 - momentum) * student, over backbone and heads, in float32. The centres of this
+        batch come into force as well: they serve the next one."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward without a backward leaves whole copies, which are not the parameters
         teacher = [local(p) for p in self.teacher.parameters()]
         student = [local(p) for p in self.student.parameters()]
         get_ema_multi_avg_fn(momentum)(teacher, student, None)
+        for center, new in zip((self.dino_center, self.ibot_center), self.next_centers):
+            center.copy_(new)
 
 
 def project(heads, groups, patches):
@@ -506,7 +508,7 @@ def parse(argv=None):
     box = parser.add_argument_group("run").add_argument
     box("--out", help="run folder; runs/<arch>-<recipe> if not given")
     box("--resume", default="auto", help="auto = from last.pt in the run folder if there is one; no = begin anew; or a file")
-    box("--save-every", type=int, default=500, help="steps between two last.pt")
+    box("--save-every", type=int, default=argparse.SUPPRESS, help="steps between two last.pt; a tenth of --steps and at most 500 if not given")
     box("--export-every", type=int, default=5000, help="steps between two teacher_<step>.pt; 0 = only at the end")
     box("--log-every", type=int, default=10, help="steps between two lines of log.jsonl")
     box("--max-skips", type=int, default=0, help="steps with a non-finite loss or gradient that are skipped before the run stops")
@@ -543,6 +545,7 @@ def complete(parser, args):
     if args.device == "cpu":
         row |= {key: RECIPES["demo"][key] for key in SHRINK_ON_CPU}
     args = argparse.Namespace(**{**row, **given})
+    args.save_every = given.get("save_every", min(500, max(1, args.steps // 10)))
     args.out = args.out or f"runs/{args.arch}-{args.recipe}"
     for name in ("global_size", "local_size"):
         if getattr(args, name) % 14 or getattr(args, name) < 28:

@@ -109,8 +109,8 @@ def fit_linear(x, y, n_classes, l2, weight=None):
 
 
 def whitening(x, l2):
-    """A (min(n, D), D) such that, in terms of v with w = v A, a logistic loss on x (n, D) + l2/2 |w|^2 is about as curved in every
-    direction. The minimum stays where it is, in the span of x's rows; L-BFGS gets there in tens of steps instead of thousands.
+    """A (min(n, D), D) such that, in terms of v with w = v A, an unweighted logistic loss on x (n, D) + l2/2 |w|^2 is about as
+    curved in every direction. The minimum stays where it is, in the span of x's rows; L-BFGS gets there in tens of steps instead of thousands.
     """
     basis = None if len(x) >= x.shape[1] else torch.linalg.qr(x.T)[0]                               # (D, n): of the rows' span
     z = x if basis is None else x @ basis
@@ -122,7 +122,7 @@ def whitening(x, l2):
 
 def minimise(objective, params, tolerance=1e-7, max_iter=2000):
     """Bring a smooth objective() of float64 params to its minimum, in place: until no gradient entry exceeds the tolerance, or
-    the objective, of order 1, has no digits left to change.
+    the objective, of order 1, has no digits left to change, or no parameter moves by more than 1e-9.
     """
     scale = 2.0 ** 20  # torch's L-BFGS learns nothing from a step whose product with the gradient's change is below 1e-10
     solver = torch.optim.LBFGS(params, max_iter=max_iter, max_eval=2 * max_iter, tolerance_grad=scale * tolerance,
@@ -138,8 +138,8 @@ def minimise(objective, params, tolerance=1e-7, max_iter=2000):
         solver.step(closure)
         closure()
     worst = torch.cat([p.grad.flatten() for p in params]).abs().max().item() / scale
-    if worst > 100 * tolerance:
-        warnings.warn(f"L-BFGS stopped with a gradient entry of {worst:.1e} after {max_iter} iterations")
+    if not worst <= 100 * tolerance:  # nan is no minimum either
+        warnings.warn(f"L-BFGS stopped with a gradient entry of {worst:.1e} after {solver.state[params[0]]['n_iter']} iterations")
 
 
 def knn_probabilities(train_x, train_y, x, k=20, temp=0.07, n_classes=None):
@@ -308,7 +308,10 @@ def extract(model, paths, device, image_size=224, batch=64):
     model.train(training)
     if not cls:
         return {"cls": torch.empty(0, len(layers), model.dim), "patch": torch.empty(0, model.dim)}
-    return {"cls": torch.cat(cls), "patch": torch.cat(patch)}
+    features = {"cls": torch.cat(cls), "patch": torch.cat(patch)}
+    if not all(f.isfinite().all() for f in features.values()):
+        raise ValueError("the backbone's features are not finite: its weights have diverged")
+    return features
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +397,9 @@ def summarise(metrics, labelled, outcome, seed):
     row = mean_of(scores)
     if len(scores) > 1:
         return row | {f"{k} sd": float(np.std([s[k] for s in scores])) for k in row}
-    interval = bootstrap_interval(lambda rows: list(per_split(metrics, y, outcome, rows)[0].values()), labelled.groups, seed=seed)
+    tested = (outcome[0] >= 0).any(0).nonzero()[:, 0].numpy()
+    interval = bootstrap_interval(lambda i: list(per_split(metrics, y, outcome, tested[i])[0].values()),
+                                  np.asarray(labelled.groups)[tested], seed=seed)
     return row | {f"{k} {end}": float(v) for end, values in zip(("low", "high"), interval) for k, v in zip(row, values)}
 
 
@@ -432,7 +437,7 @@ def differences(outcomes, pairs, sets, metrics, keys, seed):
             def difference(rows):
                 x, z = (mean_of(per_split(metrics, y, o, rows), keys) for o in (a, b))
                 return np.array([x[k] - z[k] for k in keys])
-            tested = ((a[0] >= 0).any(0)).nonzero()[:, 0].numpy()
+            tested = (a[0] >= 0).any(0).nonzero()[:, 0].numpy()
             low, high = bootstrap_interval(lambda i: difference(tested[i]), np.asarray(labelled.groups)[tested], seed=seed)
             rows.append({"table": "difference", "backbone": name, "minus": random, "head": head, "tested on": words})
             for k, value, *ends in zip(keys, difference(tested), low, high):

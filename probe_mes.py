@@ -237,7 +237,8 @@ def curve(run, labelled, device, size, out):
     run = pathlib.Path(run)
     if not (run / "log.jsonl").exists():
         raise SystemExit(f"--curve {run}: expected a run folder of pretrain.py with a log.jsonl, found none")
-    log = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    log = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have torn the last one
     losses = [(r["step"], r["loss"]) for r in log if "loss" in r]
     online = [(r["step"] + 1, r["probe"]["kappa"]) for r in log if "probe" in r]  # of the teacher after that step, as in teacher_<step>.pt
     rows = []

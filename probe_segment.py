@@ -230,12 +230,15 @@ def frozen_tokens(model, paths, kind, size, mirror, folder="features"):
     kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
     loader = torch.utils.data.DataLoader(paths, 8, collate_fn=functools.partial(read_squares, size=size), generator=torch.Generator(),
                                          num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
-    for i, images in enumerate(tqdm(loader, desc=f"features {size}x{size}", unit="batch", disable=None)):
-        images = images.to(device)
-        for view, x in enumerate([images, images.flip(-1)][: 1 + mirror]):
-            kept[8 * i : 8 * i + len(x), view] = backbone_tokens(model, x, blocks, norm).half().cpu().numpy()
-    kept.flush()
-    os.replace(temporary, path)
+    try:
+        for i, images in enumerate(tqdm(loader, desc=f"features {size}x{size}", unit="batch", disable=None)):
+            images = images.to(device)
+            for view, x in enumerate([images, images.flip(-1)][: 1 + mirror]):
+                kept[8 * i : 8 * i + len(x), view] = backbone_tokens(model, x, blocks, norm).half().cpu().numpy()
+        kept.flush()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 
@@ -372,8 +375,8 @@ def panels(path, frames, masks, preds, dice, each=2):
 def test_sets(args, labelled, other):
     """[(words for the table, labelled set, rows of its test frames)]: --data's own, each of PraNet's five, all of --generalise."""
     sets = [("same data", labelled, labelled.splits[0].test)]
-    folder = next((f for f in (pathlib.Path(args.data or ".") / sub for sub in ("TestDataset", "data/TestDataset")) if f.is_dir()), None)
-    if folder is not None:
+    if labelled.name.startswith("PraNet"):  # a Kvasir-SEG beside it is no substitute: its training frames are among PraNet's test frames
+        folder = next(f for f in (pathlib.Path(args.data) / sub for sub in ("TestDataset", "data/TestDataset")) if f.is_dir())
         loaded = {f.name: data.load_pranet(args.data, f.name) for f in sorted(folder.iterdir()) if f.is_dir()}
         sets = [(name, test_set, test_set.splits[0].test) for name, test_set in loaded.items()]
     return sets + ([("unrelated data", other, np.arange(len(other.paths)))] if other else [])
@@ -465,6 +468,8 @@ def parse(argv):
     args.size, args.boosted_size = args.size or (224 if cpu else 518), args.boosted_size or (336 if cpu else 644)
     args.scales = args.scales or ([1, 1.32] if cpu else [1, 1.32, 1.73])
     args.dpt_channels = args.dpt_channels or (64 if cpu else 256)
+    if min(args.steps, args.batch) < 1 or args.dpt_channels < 2:
+        raise SystemExit("--steps and --batch must be at least 1, --dpt-channels at least 2")
     args.sizes = {"linear": args.size, "boosted": args.boosted_size, "dpt": args.size}
     for flag in ("size", "boosted_size"):
         if getattr(args, flag) < 14 or getattr(args, flag) % 14:
@@ -478,7 +483,7 @@ def main(argv=None):
     first = pathlib.Path(args.checkpoints[0]) if args.checkpoints else pathlib.Path("runs/random.pt")
     path = pathlib.Path(args.out or first.with_suffix(".polyps.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_sentence(), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with one_sentence(), torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):  # enabled is False by default
         rows = evaluate(args, labelled, test_sets(args, labelled, other), path)
     split = labelled.splits[0]
     about = {"data": labelled.name, "unrelated data": other and f"{other.name}, all {len(other.paths)} frames",

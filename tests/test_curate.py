@@ -199,6 +199,31 @@ def test_the_result_is_the_same_after_a_kill_in_any_stage(planted, tmp_path, mon
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_another_seed_in_a_used_folder_gives_what_it_gives_in_a_fresh_one(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(curate, "SAMPLE", 8)  # the moments then depend on the seed
+    for folder, seed in (("used", 0), ("used", 1), ("fresh", 1)):
+        run(planted, tmp_path / folder, "--target", 8, "--seed", seed, "--duplicate", 0.5)
+    assert (tmp_path / "used/manifest.csv").read_bytes() == (tmp_path / "fresh/manifest.csv").read_bytes()
+    assert len(list((tmp_path / "used/work").glob("duplicates-*"))) == 2
+
+
+def test_no_stage_reads_more_than_a_chunk_of_the_embeddings(monkeypatch):
+    class Counted(curate.Rows):
+        most = 0
+
+        def __getitem__(self, at):
+            rows = super().__getitem__(at)
+            Counted.most = max(Counted.most, len(rows))
+            return rows
+
+    monkeypatch.setattr(curate, "CHUNK", 16 * 64)
+    monkeypatch.setattr(curate, "SAMPLE", 64)
+    x = Counted(blobs(), np.arange(len(blobs())))
+    curate.hierarchy(x, [16], 0, 3, lambda name, compute: compute())
+    curate.resembling(x, x.x[:2], 0.9)
+    assert len(x) > 128 and Counted.most <= 64
+
+
 def test_two_processes_give_the_result_of_one(planted, tmp_path):
     run(planted, tmp_path / "one", "--target", 8)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000),
@@ -285,8 +310,12 @@ def test_nothing_usable_is_one_sentence(tmp_path):
     Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "in" / "v" / "a.png")
     with pytest.raises(SystemExit, match="none of the 1 frames passes.*1 dark"):
         run(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(SystemExit, match="2"):
-        curate.main(["--target", "-1"])
+    for flag in ("--target", "--per-video"):
+        with pytest.raises(SystemExit, match="2"):
+            curate.main([flag, "0"])
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="empty.txt: the list is empty"):
+        curate.open_excluded(tmp_path / "empty.txt")
 
 
 def test_the_descriptor_does_not_see_a_roll(scenes):

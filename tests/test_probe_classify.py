@@ -362,6 +362,8 @@ def test_one_split_gives_an_interval_by_patient_and_one_patient_gives_none():
     for groups, known in ((list(np.arange(n) // 4), True), (["a"] * n, False)):
         row = pc.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), outcome, 0)
         assert row["accuracy"] == 0.6 and np.isnan(row["accuracy low"]) != known
+        few = torch.where(torch.arange(n) < 16, -1, outcome[0]), outcome[1]  # the last patient alone is tested: nothing to draw from
+        assert np.isnan(pc.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), few, 0)["F1 a low"])
     assert row["accuracy"] == 0.6 and "| 0.600 [n/a, n/a] |" in pc.markdown_table([row])
 
 

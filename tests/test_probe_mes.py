@@ -151,7 +151,7 @@ def workplace(tmp_path_factory):
     run = root / "runs/demo"
     run.mkdir(parents=True)
     log = [{"step": s, "loss": 10 - 0.1 * s} for s in range(0, 40, 5)] + [{"step": s, "probe": {"kappa": 0.01 * s}} for s in (10, 20, 30)]
-    (run / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log) + '{"step": 9')  # a kill tore the last line
     for step in (9, 100):  # by number, not by name
         vit.save_backbone(run / f"teacher_{step}.pt", tiny_vit(seed=step), None, step=step)
     return root

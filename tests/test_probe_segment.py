@@ -303,6 +303,10 @@ def test_pranet_tree_has_a_row_per_test_set(tmp_path, workplace):
     rows = seg.main(["--data", str(tmp_path), "--heads", "linear", "--features", str(tmp_path / "f"), "--out", str(tmp_path / "r.json"), *SMALL])
     assert [(r["head"], r["tested on"], r["frames tested"]) for r in rows] == [
         (head, test, 12) for head in ("none", "linear") for test in ("ETIS", "Kvasir")]
+    disc_tree(tmp_path / "Kvasir-SEG")  # preferred, with its own test frames alone: PraNet's are among those that it trains on
+    args = seg.parse(["--data", str(tmp_path)])
+    labelled, other = seg.open_sets(args, "polyps")
+    assert [words for words, *_ in seg.test_sets(args, labelled, other)] == ["same data"]
 
 
 def test_trivial_row_knows_where_polyps_were_and_nothing_else():
@@ -321,5 +325,7 @@ def test_one_sentence_for_wrong_inputs(tmp_path, workplace):
     (tmp_path / "notes.pt").write_text("not a checkpoint")
     with pytest.raises(SystemExit, match="notes.pt"):
         seg.main([str(tmp_path / "notes.pt"), "--data", str(trees[0]), *SMALL])
+    with pytest.raises(SystemExit, match="--steps and --batch"):
+        seg.main(["--steps", "0"])
     with pytest.raises(SystemExit, match="--boosted-size 100.*14"):
         seg.main(["--boosted-size", "100"])

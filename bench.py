@@ -802,7 +802,7 @@ def bench_study(argv):
     parser.add_argument("--archs", nargs="+", default=["vitt14", "vits14"], help="architectures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of curation, random choice and pre-training alike")
     parser.add_argument("--jobs", type=int, default=1, help="pre-trainings at once, each with its share of the cores")
-    parser.add_argument("--out", default="runs/study", help="folder of all runs; the same command goes on where it stopped")
+    parser.add_argument("--out", default="runs/study", help="folder of all runs: the same command goes on where it stopped, other flags want another")
     args, flags = parser.parse_known_args(argv)
     out, root, runs = pathlib.Path(args.out), synthetic.ensure(), {}
     for seed in args.seeds:
@@ -881,7 +881,8 @@ def study_table(root, runs, args):
 
 
 def quick_probes(root, model, size):
-    """(landmarks accuracy, the same on the second scope, Mayo kappa, polyps Dice) with heads of fixed strength: nothing is chosen."""
+    """(landmarks accuracy, the same on the second scope, Mayo kappa, polyps Dice) with heads of fixed strength; validation frames choose the
+    polyps' learning rate alone."""
     import numpy as np
     import probe_classify
     import probe_mes

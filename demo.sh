@@ -13,7 +13,11 @@ export PYTHONUNBUFFERED=1
 steps=${DEMO_STEPS:-120}
 out=runs/demo${DEMO_STEPS:+-$DEMO_STEPS}
 python=${PYTHON:-.venv/bin/python}
-if [ ! -x "$(command -v "$python")" ]; then
+if ! "$python" -c 'import torchvision, tqdm' 2>/dev/null; then  # not there, or its set-up was stopped half-way
+    if [ -n "${PYTHON:-}" ]; then
+        echo "PYTHON=$PYTHON cannot import torchvision and tqdm" >&2
+        exit 1
+    fi
     python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt
 fi
 mkdir -p "$out"

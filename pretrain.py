@@ -818,7 +818,7 @@ class Log:
         self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
         if step == 0:
             self.say(initial_loss_report(terms, args))
-        if step >= args.warmup * args.steps:
+        if step >= max(100, args.warmup * args.steps):  # every run starts uniform, on few prototypes
             for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
                 if sentence not in self.warned:
                     self.say(f"WARNING, step {step}: {sentence}")

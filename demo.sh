@@ -39,17 +39,18 @@ stage frames "$python" synthetic.py data/synthetic ${DEMO_FRAMES:-} --sheet "$ou
 stage curation "$python" curate.py --data data/synthetic/unlabelled --out "$out/curated" --target "${DEMO_TARGET:-400}"
 stage pretraining "$python" pretrain.py --arch vitt14 --recipe demo --data "$out/curated/manifest.csv" --out "$out" \
     --steps "$steps" --save-every $((steps / 10 + 1)) --probe-every $((steps / 4 + 1))
-if [ ! -e "$out/teacher_$steps.pt" ]; then  # a signal ended it, after it had saved
+teacher=$out/teacher_$steps.pt  # not best.pt: of so few scores the best is chance
+if [ ! -e "$teacher" ]; then  # a signal ended it, after it had saved
     rm -f "$out/pretraining.md"
     exit 130
 fi
-stage landmarks "$python" probe_classify.py "$out/best.pt" --size 98
-stage polyps "$python" probe_segment.py "$out/best.pt" --heads linear --steps 200
-stage mes "$python" probe_mes.py "$out/best.pt" --splits 3
+stage landmarks "$python" probe_classify.py "$teacher" --size 98
+stage polyps "$python" probe_segment.py "$teacher" --heads linear --steps 200
+stage mes "$python" probe_mes.py "$teacher" --splits 3
 
 frames=(data/synthetic/Kvasir-SEG/images/*_0.jpg)
 stage crops "$python" data.py --data data/synthetic/unlabelled --show "$out/crops.png"
-stage tokens "$python" vit.py "$out/best.pt" "${frames[@]:0:4}" --show "$out/tokens.png"
+stage tokens "$python" vit.py "$teacher" "${frames[@]:0:4}" --show "$out/tokens.png"
 stage curve "$python" probe_mes.py --curve "$out"
 stage histogram "$python" probe_mes.py --histogram --out "$out/histogram.png"
 

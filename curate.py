@@ -58,25 +58,12 @@ def key_of(*inputs):
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name to write; it becomes `path` at the end, so that a kill leaves the old file or the whole new one."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def stage(work, name, inputs, compute):
     """compute() -> dict of arrays, or what an earlier run left in the folder `work` for the same inputs."""
     path = work / f"{name}-{key_of(*inputs)}.npz"
     if not path.exists():
         arrays = compute()
-        with replacing(path) as temporary:
+        with vit.replacing(path) as temporary:
             np.savez(temporary, **arrays)
     with np.load(path) as file:
         return dict(file)
@@ -130,7 +117,7 @@ def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
     n_batches, marks = -(-len(rows) // BATCH), path.with_suffix(".done.npy")
     if rank == 0 and not marks.exists():
         for file, shape, kind in ((path, (len(rows), width), dtype), (marks, (n_batches,), np.bool_)):  # marks last: both are there
-            with replacing(file) as temporary:
+            with vit.replacing(file) as temporary:
                 np.lib.format.open_memmap(temporary, "w+", kind, shape).flush()
     if world > 1:
         dist.barrier()
@@ -365,19 +352,6 @@ def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
     return best[1:]
 
 
-class Rows:
-    """The rows `rows` of x, read when they are asked for."""
-
-    def __init__(self, x, rows):
-        self.x, self.rows, self.device = x, rows, x.device
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, at):
-        return self.x[self.rows[at]]
-
-
 def nearest(labels, cosines, per):
     """Sorted numbers of the `per` members of each cluster that its centre fits best."""
     order = np.lexsort((-cosines, labels))
@@ -399,7 +373,7 @@ def hierarchy(x, sizes, seed, rounds, save):
             for r in range(rounds):
                 near = nearest(labels, cosines, max(1, len(x) // (2 * k)))
                 if len(near) >= k:
-                    centres = kmeans(Rows(x, near), k, seed + level + r + 1)[0]
+                    centres = kmeans(torch.utils.data.Subset(x, near), k, seed + level + r + 1)[0]
                     labels, cosines, _ = assign(x, centres, sums=False)
             return {"centres": centres.cpu().numpy(), "labels": labels}
         found = save(f"clusters{level + 1}", compute)
@@ -471,7 +445,7 @@ def balanced_sample(tree, rows, target, rng):
 
 def write_manifest(path, frames, chosen, tree_paths, scores):
     """The chosen frames as path (relative to the manifest), video, cluster from the top down, scores."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with vit.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(["path", "video", "cluster", *QUALITY])
         for i, cluster, row in zip(chosen, tree_paths, scores[chosen]):
@@ -499,7 +473,7 @@ def contact_sheet(path, frames, groups, side=96, columns=12):
                 picture = data.read_image(frames.path(i), (side, side)).resize((side, side))
                 page.paste(picture, (place % columns * side, top + 16 + place // columns * side))
         top += height
-    with replacing(path) as temporary:
+    with vit.replacing(path) as temporary:
         page.save(temporary)
 
 
@@ -519,7 +493,7 @@ def report(args, out, frames, video, names, code, tree, rows, chosen, about):
         "cluster sizes before and after, leaves first": [[histogram(a), histogram(b)] for a, b in zip(*sizes)],
         "frames per video before and after": {name: pair.tolist() for name, pair in zip(names, counts)},
         "arguments": {k: v for k, v in vars(args).items()}}
-    with replacing(out / "report.json") as temporary:
+    with vit.replacing(out / "report.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
     groups = [(f"kept: {len(chosen)}", chosen)]
     groups += [(f"dropped, {reason}: {(code == 1 + r).sum()}", np.flatnonzero(code == 1 + r)) for r, reason in enumerate(REASONS)]
@@ -558,11 +532,8 @@ def number_videos(frames):
 def default_levels(n):
     """Clusters from the leaves up: two frames to a leaf, so that rare views keep one of their own, but at most 100,000 leaves; above
     them ..., 256, 64, 16. With fewer than 16 at the top a view that is rare has no share of its own, however few frames are asked."""
-    sizes, k = [max(1, min(n // 2, 100_000))], 16
-    while k == 16 < sizes[0] or k <= sizes[0] // 2:
-        sizes.insert(1, k)
-        k *= 4
-    return sizes
+    leaves = max(1, min(n // 2, 100_000))
+    return [leaves] + [k for k in (16384, 4096, 1024, 256, 64) if k <= leaves // 2] + [16] * (leaves > 16)
 
 
 def embed(frames, rows, work, name, key, how, args):
@@ -587,16 +558,16 @@ def drop_duplicates(frames, video, scores, code, work, key, args):
     readable = ~np.isnan(np.asarray(file[:, 0]))
     code[good[~readable]] = 1 + REASONS.index("unreadable")
     rows, good = np.flatnonzero(readable), good[readable]
-    moments, key = moments_of(file, args.seed), key_of(key, args.seed)
+    moments = moments_of(file, args.seed)
     x = Embeddings(file, rows, moments, args.device)
-    drop = stage(work, "duplicates", (key, args.duplicate, args.window), lambda: {"drop": duplicates(
+    drop = stage(work, "duplicates", (key, args.seed, args.duplicate, args.window), lambda: {"drop": duplicates(
         x, video[good], scores[good, list(QUALITY).index("sharp")], args.duplicate, args.window)})["drop"]
     code[good[drop]] = 1 + REASONS.index("near-duplicate")
     for source, (other, other_key) in zip(args.exclude, benchmarks):
         if np.isnan(np.asarray(other[:, 0])).any():
             raise ValueError(f"--exclude {source}: an image in it cannot be read, so its near-duplicates cannot be found; repair it")
         others = Embeddings(other, np.arange(len(other)), moments, args.device)[:]
-        hit = stage(work, "excluded", (key, other_key, args.exclude_similarity), lambda: {
+        hit = stage(work, "excluded", (key, args.seed, other_key, args.exclude_similarity), lambda: {
             "hit": resembling(x, others, args.exclude_similarity)})["hit"]
         code[good[hit]] = 1 + REASONS.index("excluded")
     left = code[good] == 0
@@ -655,13 +626,14 @@ def main(argv=None):
     add("--window", type=int, default=32, help="groups of its video that a frame is compared with (default: %(default)s)")
     add("--clusters", type=int, nargs="+", metavar="K", help="clusters of each level from the leaves up (default: from the number of frames)")
     add("--resample", type=int, default=3, help="rounds of resampling-clustering at each level (default: %(default)s)")
-    add("--seed", type=int, default=0, help="the result is a function of it (default: %(default)s)")
+    add("--seed", type=int, default=0, help="the result is a function of it, on one machine with one number of threads (default: %(default)s)")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that read images (default: %(default)s)")
     add("--device", help="where all but reading happens (default: a GPU if there is one)")
     for name, (allowed, words) in QUALITY.items():
         add(f"--{name}", type=float, nargs=2, metavar=("MIN", "MAX"), default=allowed, help=f"else {words} (default: %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.window, *(n for n in (args.target, args.per_video, *(args.clusters or ())) if n is not None), 1) < 1 or min(args.workers, args.resample) < 0:
+    counts = [args.target, args.per_video, args.window, *(args.clusters or ())]
+    if any(n is not None and n < 1 for n in counts) or min(args.workers, args.resample) < 0:
         parser.error("--target, --per-video, --window and --clusters must be positive, --workers and --resample not negative")
     if args.clusters and args.clusters != sorted(args.clusters, reverse=True):
         parser.error("--clusters go from the leaves up: every number at most the one before it")

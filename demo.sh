@@ -38,7 +38,7 @@ stage() {  # NAME COMMAND...: run the command unless it is done; what it prints 
 stage frames "$python" synthetic.py data/synthetic ${DEMO_FRAMES:-} --sheet "$out/synthetic.png"
 stage curation "$python" curate.py --data data/synthetic/unlabelled --out "$out/curated" --target "${DEMO_TARGET:-400}"
 stage pretraining "$python" pretrain.py --arch vitt14 --recipe demo --data "$out/curated/manifest.csv" --out "$out" \
-    --steps "$steps" --save-every $((steps / 10 + 1)) --probe-every $((steps / 4 + 1))
+    --steps "$steps" --probe-every $((steps / 4 + 1))
 teacher=$out/teacher_$steps.pt  # not best.pt: of so few scores the best is chance
 if [ ! -e "$teacher" ]; then  # a signal ended it, after it had saved
     rm -f "$out/pretraining.md"

@@ -112,12 +112,12 @@ def whitening(x, l2):
     """A (min(n, D), D) such that, in terms of v with w = v A, an unweighted logistic loss on x (n, D) + l2/2 |w|^2 is about as
     curved in every direction. The minimum stays where it is, in the span of x's rows; L-BFGS gets there in tens of steps instead of thousands.
     """
-    basis = None if len(x) >= x.shape[1] else torch.linalg.qr(x.T)[0]                               # (D, n): of the rows' span
-    z = x if basis is None else x @ basis
-    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-    curvature = z.T @ z / (4 * len(z)) + max(l2, 1e-6) * identity                                   # p (1 - p) <= 1/4
-    a = torch.linalg.solve_triangular(torch.linalg.cholesky(curvature), identity, upper=False)
-    return a if basis is None else a @ basis.T
+    if len(x) < x.shape[1]:
+        basis = torch.linalg.qr(x.T)[0]                                                             # (D, n): of the rows' span
+        return whitening(x @ basis, l2) @ basis.T
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    curvature = x.T @ x / (4 * len(x)) + max(l2, 1e-6) * identity                                   # (D, D): p (1 - p) <= 1/4
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(curvature), identity, upper=False)
 
 
 def minimise(objective, params, tolerance=1e-7, max_iter=2000):
@@ -345,13 +345,12 @@ def plain(value):
 
 
 def write_rows(rows, path):
-    """The same rows as JSON (nan as null, for every reader), written to a temporary name and renamed."""
+    """The same rows as JSON (nan as null, for every reader)."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
-    temporary = path.with_name(path.name + f".{os.getpid()}")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, path)
+    with vit.replacing(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,6 +385,11 @@ def per_split(metrics, y, outcome, rows=slice(None)):
     return [metrics(y[rows][p >= 0], p[p >= 0], q[p >= 0]) for p, q in zip(pred, prob)]
 
 
+def tested_frames(outcome):
+    """Numbers of the frames that some split tests; an outcome holds -1 for the others."""
+    return (outcome[0] >= 0).any(0).nonzero()[:, 0].numpy()
+
+
 def mean_of(dicts, keys=None):
     return {k: float(np.mean([d[k] for d in dicts])) for k in keys or dicts[0]}
 
@@ -397,7 +401,7 @@ def summarise(metrics, labelled, outcome, seed):
     row = mean_of(scores)
     if len(scores) > 1:
         return row | {f"{k} sd": float(np.std([s[k] for s in scores])) for k in row}
-    tested = (outcome[0] >= 0).any(0).nonzero()[:, 0].numpy()
+    tested = tested_frames(outcome)
     interval = bootstrap_interval(lambda i: list(per_split(metrics, y, outcome, tested[i])[0].values()),
                                   np.asarray(labelled.groups)[tested], seed=seed)
     return row | {f"{k} {end}": float(v) for end, values in zip(("low", "high"), interval) for k, v in zip(row, values)}
@@ -437,7 +441,7 @@ def differences(outcomes, pairs, sets, metrics, keys, seed):
             def difference(rows):
                 x, z = (mean_of(per_split(metrics, y, o, rows), keys) for o in (a, b))
                 return np.array([x[k] - z[k] for k in keys])
-            tested = (a[0] >= 0).any(0).nonzero()[:, 0].numpy()
+            tested = tested_frames(a)
             low, high = bootstrap_interval(lambda i: difference(tested[i]), np.asarray(labelled.groups)[tested], seed=seed)
             rows.append({"table": "difference", "backbone": name, "minus": random, "head": head, "tested on": words})
             for k, value, *ends in zip(keys, difference(tested), low, high):

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import vit
 from probe_classify import (architecture, arguments, backbones, bootstrap_interval, fingerprint, markdown_table, one_sentence,
                             open_sets, write_rows)
 
@@ -226,19 +227,15 @@ def frozen_tokens(model, paths, kind, size, mirror, folder="features"):
     if needed > free:
         raise ValueError(f"the {HEADS[kind]} head's features need {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
                          "choose a smaller size, or another disk with --features")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
     loader = torch.utils.data.DataLoader(paths, 8, collate_fn=functools.partial(read_squares, size=size), generator=torch.Generator(),
                                          num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
-    try:
+    with vit.replacing(path) as temporary:
+        kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
         for i, images in enumerate(tqdm(loader, desc=f"features {size}x{size}", unit="batch", disable=None)):
             images = images.to(device)
             for view, x in enumerate([images, images.flip(-1)][: 1 + mirror]):
                 kept[8 * i : 8 * i + len(x), view] = backbone_tokens(model, x, blocks, norm).half().cpu().numpy()
         kept.flush()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 

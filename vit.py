@@ -11,8 +11,10 @@ Names and shapes in the state dict are those of the released weights, so that an
 B images, T = 1 + R + N tokens in the order [cls | registers | patches], D width, nh heads, hd = D / nh, h x w patch grid.
 """
 import argparse
+import contextlib
 import math
 import os
+import pathlib
 import pickle
 import re
 import zipfile
@@ -273,18 +275,25 @@ def build_vit(arch, **overrides):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def atomic_save(obj, path):
-    """torch.save that leaves either the old file or the whole new one, whenever the process or the machine stops."""
-    temporary = f"{path}.tmp{os.getpid()}"
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name to write; it becomes `path` at the end. Whenever the process or the machine stops, the old file or the whole new
+    one is there."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
     try:
-        with open(temporary, "wb") as f:
-            torch.save(obj, f)
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_save(obj, path):
+    """torch.save that leaves either the old file or the whole new one."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # given a name, torch.save would write it into the file
+        torch.save(obj, file)
 
 
 def save_backbone(path, model, arch, step=0, args=None, metrics=None):

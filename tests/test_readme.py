@@ -167,8 +167,8 @@ def test_commands_run(laid_out, capsys):
         ran.append((name, capsys.readouterr().out))
     assert {name for name, _ in ran} == {key.split()[0] for key in SMALL}
     assert all(re.search(r"^\| random initialisation .*\d\.\d{3}", out, re.M) for name, out in ran if name.startswith("probe") and "checkpoint | step" not in out)
-    assert all(list(laid_out.glob(made)) for made in ("curated/manifest.csv", "tokens.png", "runs/kvasir/*.png", *(f"runs/{run}/teacher_2.pt" for run in
-                                               ("kvasir", "synthetic", "vitt14-adapt", "vitt14-scratch"))))
+    teachers = [f"runs/{run}/teacher_2.pt" for run in ("kvasir", "synthetic", "vitt14-adapt", "vitt14-scratch")]
+    assert all(list(laid_out.glob(made)) for made in ("curated/manifest.csv", "tokens.png", "runs/kvasir/*.png", *teachers))
 
 
 @texts

@@ -11,13 +11,11 @@ Every random draw is a function of (seed, step, process or frame), so the state 
 """
 import argparse
 import contextlib
-import copy
 import datetime
 import json
 import math
 import os
 import pathlib
-import re
 import signal
 import time
 
@@ -25,15 +23,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import data
 import dino_loss as losses
 import synthetic
 import vit
+from checkpoint import check_room, cut_log, keep_nonfinite, plain, plain_teacher, resume, save_checkpoint, save_teacher
+from dino import DINOv2, clip_gradients, cosine_schedule, everywhere, make_schedules, param_groups, train_step  # noqa: F401
 
 # One row per recipe; every entry is the default of the flag of that name. Warm-ups and freezes are fractions of --steps.
 # scratch and scratch-long are DINOv2's vitl16_short and vitl14/vitg14 configurations, except that local crops are 98 px
@@ -69,384 +67,6 @@ RECIPES = {
         solarize=False),
 }
 SHRINK_ON_CPU = ("steps", "batch", "prototypes", "global_size", "local_size")  # taken from demo where there is no GPU
-MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it; the others may not
-    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "device", "compile", "shard", "checkpoint_activations",
-    "save_every", "export_every", "log_every", "max_skips", "probe_every", "probe_data", "probe_task"}
-
-
-# --- the method -------------------------------------------------------------------------------------------------------
-
-
-class DINOv2(nn.Module):
-    """Student and teacher, each a ModuleDict(backbone, dino_head[, ibot_head]), and the losses between them
-    (Oquab et al. 2023, arXiv 2304.07193, section 4; the code of facebookresearch/dinov2 decides where they differ).
-
-    The teacher starts as a copy of the student, heads included, without stochastic depth. Without a separate iBOT head the
-    DINO head serves both losses. centering: "sinkhorn" (SwAV, 3 iterations) or "centering" (DINO's moving average).
-    """
-
-    def __init__(self, backbone, n_prototypes, hidden_dim=2048, bottleneck_dim=256, separate_ibot_head=True,
-                 ibot_bottleneck_dim=256, centering="sinkhorn", koleo_weight=0.1):
-        super().__init__()
-        if centering not in ("sinkhorn", "centering"):
-            raise ValueError(f"centering must be sinkhorn or centering, not {centering!r}")
-        self.centering, self.koleo_weight = centering, koleo_weight
-        student = {"backbone": backbone, "dino_head": losses.DINOHead(backbone.dim, n_prototypes, hidden_dim, bottleneck_dim)}
-        if separate_ibot_head:
-            student["ibot_head"] = losses.DINOHead(backbone.dim, n_prototypes, hidden_dim, ibot_bottleneck_dim)
-        self.student = nn.ModuleDict(student)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.teacher["backbone"].drop_path = 0.0
-        self.register_buffer("dino_center", torch.zeros(n_prototypes))
-        self.register_buffer("ibot_center", torch.zeros(n_prototypes))
-        self.next_centers = ()  # with centering: what they become if this step is taken
-        self.teacher_logits = None  # (2B, K) class logits of the last batch, kept for the collapse statistics
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.teacher.eval()  # always
-        return self
-
-    def forward(self, batch, teacher_temp):
-        """batch: {"global_crops" (2B,3,S,S), "local_crops" (L*B,3,s,s), "masks" (2B,N) bool}, crop-major, normalised; and
-        optionally "kept", the samples that stochastic depth keeps (VisionTransformer.draw_kept of [2B, L*B]).
-
-        Returns {"loss", "dino_global", "dino_local", "ibot", "koleo"}: each term as it enters the loss, which is their sum.
-        """
-        images, masks = batch["global_crops"], batch["masks"]
-        B = len(images) // 2
-        masked = masks.flatten().nonzero().squeeze(1)                                # (M,) row of each hidden patch
-        teacher_cls, teacher_patch = self.teacher_targets(images, masked, teacher_temp)  # (2, B, K), (M, K)
-
-        glob, loc = self.student["backbone"].forward_packed([images, batch["local_crops"]], [masks, None], batch.get("kept"))
-        hidden = glob["patches"].flatten(0, 1)[masked]                               # (M, D)
-        student_local, student_global, patch_logits = project(self.student, [loc["cls"], glob["cls"]], hidden)
-        student_local, student_global = (x.unflatten(0, (-1, B)) for x in (student_local, student_global))  # (L, B, K), (2, B, K)
-
-        dino_global, dino_local = losses.dino_loss(student_global, student_local, teacher_cls)
-        ibot = losses.ibot_loss(patch_logits, teacher_patch, masks)
-        koleo = self.koleo_weight * sum(losses.koleo_loss(x) for x in glob["cls"].split(B))  # before the head, per process
-        terms = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
-        return {"loss": sum(terms.values()), **terms}
-
-    @torch.no_grad()
-    def teacher_targets(self, images, masked, temp):
-        """The teacher sees the whole image: target distributions for class tokens (2, B, K) and hidden patches (M, K)."""
-        out = self.teacher["backbone"](images)
-        cls, patch = project(self.teacher, [out["cls"]], out["patches"].flatten(0, 1)[masked])  # (2B, K), (M, K)
-        self.teacher_logits = cls
-        if self.centering == "sinkhorn":
-            targets = losses.teacher_targets(cls.unflatten(0, (2, -1)), temp), losses.teacher_targets(patch, temp)
-        else:
-            targets = (losses.teacher_targets(cls.unflatten(0, (2, -1)), temp, self.dino_center),
-                       losses.teacher_targets(patch, temp, self.ibot_center))
-            self.next_centers = losses.update_center(self.dino_center, cls), losses.update_center(self.ibot_center, patch)
-        return targets
-
-    @torch.no_grad()
-    def update_teacher(self, momentum):
-        """teacher <- momentum * teacher + (1 - momentum) * student, over backbone and heads, in float32. The centres of this
-        batch come into force as well: they serve the next one."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward without a backward leaves whole copies, which are not the parameters
-        teacher = [local(p) for p in self.teacher.parameters()]
-        student = [local(p) for p in self.student.parameters()]
-        get_ema_multi_avg_fn(momentum)(teacher, student, None)
-        for center, new in zip((self.dino_center, self.ibot_center), self.next_centers):
-            center.copy_(new)
-
-
-def project(heads, groups, patches):
-    """Groups of class tokens, each (n, D), and patches (M, D) through their heads: logits of each group, then of the patches. A
-    shared head runs once, on all; so does its weight norm."""
-    sizes = [len(group) for group in groups]
-    if "ibot_head" in heads:
-        return *heads["dino_head"](torch.cat(groups), sizes), heads["ibot_head"](patches)
-    return heads["dino_head"](torch.cat([*groups, patches]), [*sizes, len(patches)])
-
-
-def local(tensor):
-    """This process's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def param_groups(student, layerwise_decay, patch_embed_lr_mult):
-    """Optimiser groups: {"params", "names", "lr_multiplier", "wd_multiplier", "is_last_layer", "is_backbone"}.
-
-    Of L blocks, block i (from 0) learns at layerwise_decay^(L-i), the tokens and the patch embedding at ^(L+1), the latter
-    times patch_embed_lr_mult; final norm and heads at 1. Biases, norms and LayerScale alone are spared weight decay: DINOv2
-    decays the tokens, the position embedding and both halves of the weight-normalised last layer."""
-    names = [name for name, _ in student.named_parameters()]
-    depth = 1 + max((int(i) for name in names for i in re.findall(r"blocks\.(\d+)\.", name)), default=-1)
-    groups = {}
-    for name, parameter in student.named_parameters():
-        block = re.search(r"blocks\.(\d+)\.", name)
-        lr = 1.0
-        if block:
-            lr = layerwise_decay ** (depth - int(block[1]))
-        elif any(part in name for part in ("cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed")):
-            lr = layerwise_decay ** (depth + 1)
-        if "patch_embed" in name:
-            lr *= patch_embed_lr_mult
-        wd = 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
-        key = (lr, wd, "last_layer" in name, name.startswith("backbone."))
-        group = groups.setdefault(key, {"params": [], "names": [], **dict(zip(
-            ("lr_multiplier", "wd_multiplier", "is_last_layer", "is_backbone"), key))})
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
-
-
-def cosine_schedule(base, final, total, warmup=0, warmup_start=0.0):
-    """(total,) float64: `warmup` steps from warmup_start up to and including base, then half a cosine towards final."""
-    i = np.arange(total - warmup)
-    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * i / len(i)))
-    return np.concatenate([np.linspace(warmup_start, base, warmup), cosine])
-
-
-def make_schedules(args, global_batch):
-    """{name: (steps,) array} of everything that changes with the step. The learning rate follows the square-root rule."""
-    n = args.steps
-    lr = args.lr * math.sqrt(global_batch / 1024)
-    rates = cosine_schedule(lr, lr if args.min_lr < 0 else args.min_lr, n, round(args.warmup * n))
-    frozen, ramp = round(args.freeze_backbone * n), round(args.backbone_ramp * n)
-    backbone = np.clip((np.arange(n) - frozen + 1) / (ramp + 1), 0, 1)
-    return {
-        "lr": rates,
-        "backbone_lr": rates * backbone,
-        "last_layer_lr": rates * (np.arange(n) >= round(args.freeze_last_layer * n)),
-        "weight_decay": cosine_schedule(args.weight_decay, args.weight_decay_end, n),
-        "momentum": cosine_schedule(args.momentum, 1.0, n),
-        "temp": cosine_schedule(args.teacher_temp, args.teacher_temp, n, round(args.temp_warmup * n), args.teacher_temp_start),
-    }
-
-
-def clip_gradients(student, max_norm):
-    """Scale the gradients of each submodule (backbone, dino_head, ibot_head) to a norm of at most max_norm, each on its own
-    and over the shards of all processes. Returns {submodule: norm before clipping}."""
-    norms = {name: nn.utils.clip_grad_norm_(module.parameters(), max_norm) for name, module in student.named_children()}
-    return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
-
-
-def train_step(model, optimizer, batch, now, clip, autocast=contextlib.nullcontext(), wrapped=None):
-    """One step of the method. now: this step's value of each schedule; wrapped: the model as DDP sees it.
-
-    Returns the loss terms, the gradient norms, and whether everything was finite: if not, nothing was changed.
-    """
-    # ----------------------------------------------------------------------------------------------------------------
-    for group in optimizer.param_groups:  # 1. schedules
-        rate = now["last_layer_lr"] if group["is_last_layer"] else now["backbone_lr"] if group["is_backbone"] else now["lr"]
-        group["lr"] = float(rate * group["lr_multiplier"])
-        group["weight_decay"] = float(now["weight_decay"] * group["wd_multiplier"])
-    with autocast:  # 2. targets of the teacher, losses of the student
-        terms = (wrapped or model)(batch, float(now["temp"]))
-    terms["loss"].backward()  # 3. gradients, averaged over processes
-    norms = clip_gradients(model.student, clip)  # 4. each submodule on its own
-    finite = everywhere(torch.stack([terms["loss"].detach(), *norms.values()]).isfinite().all())
-    if finite:
-        optimizer.step()  # 5. the student follows the gradient
-        model.update_teacher(float(now["momentum"]))  # 6. the teacher follows the student
-    optimizer.zero_grad(set_to_none=True)
-    # ----------------------------------------------------------------------------------------------------------------
-    return {name: term.detach() for name, term in terms.items()}, norms, finite
-
-
-def everywhere(flag):
-    """Whether a boolean tensor holds in every process."""
-    return bool(losses.all_reduce((~flag).float()) == 0)
-
-
-# --- stop and go on ---------------------------------------------------------------------------------------------------
-
-
-def whole(state):
-    """A state dict on the CPU with every shard gathered; all processes must call it."""
-    return {k: (v.detach().full_tensor() if isinstance(v, DTensor) else v.detach()).cpu() for k, v in state.items()}
-
-
-def fill(tensor, value):
-    """Copy a whole CPU tensor into a tensor or into the shards of one."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)
-
-
-def save_checkpoint(path, model, optimizer, progress, args, rank=0):
-    """Everything needed to go on, in one file whatever the number of processes: {"format", "student", "teacher", "centers",
-    "optimizer": {parameter: {"step", "exp_avg", "exp_avg_sq"}}, "args", **progress}. The teacher stands in it as in a DINOv2
-    training checkpoint, so load_backbone reads it. The old file stays until the new one is complete."""
-    state = {"format": "endodino-run-1", "args": plain(args), **progress,
-             "student": whole(model.student.state_dict()), "teacher": whole(model.teacher.state_dict()),
-             "centers": {"dino": model.dino_center.cpu(), "ibot": model.ibot_center.cpu()},
-             "optimizer": {name: whole(optimizer.state[p]) for name, p in model.student.named_parameters() if p in optimizer.state}}
-    if rank == 0:
-        with writing(path):
-            vit.atomic_save(state, path)
-
-
-@contextlib.contextmanager
-def writing(path):
-    try:
-        yield
-    except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror or error}; what lay there before is untouched") from error
-
-
-@torch.no_grad()
-def load_checkpoint(path, model, optimizer, state=None):
-    """Fill model and optimiser from save_checkpoint's file, every name and shape of which must fit; returns its contents."""
-    state = state or read_run(path)
-    for module, saved in ((model.student, state["student"]), (model.teacher, state["teacher"])):
-        current = module.state_dict()
-        vit.check_same_tensors(current, saved, path)
-        for name, tensor in current.items():
-            fill(tensor, saved[name])
-    model.dino_center.copy_(state["centers"]["dino"])
-    model.ibot_center.copy_(state["centers"]["ibot"])
-    for name, p in model.student.named_parameters():
-        if name in state["optimizer"]:
-            moments = state["optimizer"][name]
-            optimizer.state[p] = {k: torch.zeros_like(p) if k != "step" else torch.zeros((), device=p.device) for k in moments}
-            for k, value in moments.items():
-                fill(optimizer.state[p][k], value)
-    return state
-
-
-def read_run(path):
-    try:
-        state = vit.read_checkpoint(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--resume: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != "endodino-run-1":
-        raise SystemExit(f"--resume: {path} is not a last.pt of pretrain.py; --init takes backbones")
-    return state
-
-
-def plain(args):
-    """Arguments as JSON reads them back: tuples become lists."""
-    return json.loads(json.dumps(vars(args)))
-
-
-def check_same_run(saved, args, path):
-    """Refuse to go on with arguments that contradict the checkpoint's."""
-    now = plain(args)
-    differ = [f"  {k}: {saved.get(k)} in the checkpoint, {now.get(k)} asked for" for k in sorted(saved.keys() | now.keys())
-              if k not in MAY_CHANGE and saved.get(k) != now.get(k)]
-    if differ:
-        raise SystemExit(f"{path} was made with other arguments; give the same ones, another --out, or --resume no:\n" + "\n".join(differ))
-
-
-def schedule_changes(old, new, step):
-    """How a resumed run's schedules move when --steps or the global batch changed: lines to print."""
-    if len(old["lr"]) == len(new["lr"]) and np.array_equal(old["lr"], new["lr"]):
-        return []
-    at = [min(step, len(s["lr"]) - 1) for s in (old, new)]
-    return [f"schedules stretched from {len(old['lr'])} to {len(new['lr'])} steps; at step {step}:"] + [
-        f"  {name}: {old[name][at[0]]:.4g} -> {new[name][at[1]]:.4g}" for name in new]
-
-
-def cut_log(path, step):
-    """Drop the lines of steps that will be made again, and a last line that a kill tore."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, path)
-
-
-def check_room(args, model):
-    """Fail before the first step, not at the first save, when the run folder cannot take the checkpoints."""
-    out = pathlib.Path(args.out)
-    need = 4 * 4 * sum(p.numel() for p in model.student.parameters())  # student, teacher, two moments
-    need *= 1 if (out / "last.pt").exists() else 2  # the old file stays until the new one is complete
-    trial = out / f".room{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(trial, "wb") as f:
-            os.posix_fallocate(f.fileno(), 0, need)
-    except OSError as error:
-        raise SystemExit(f"--out {out} cannot take a checkpoint of {need / 2**20:.0f} MiB: {error.strerror}; "
-                         "make room or choose another folder") from error
-    finally:
-        trial.unlink(missing_ok=True) if out.is_dir() else None
-
-
-# --- watching ---------------------------------------------------------------------------------------------------------
-
-
-def save_teacher(path, model, args, step, rank):
-    """Write the teacher's backbone in our format and, as a bare state dict like DINOv2's files."""
-    backbone = plain_teacher(model, args)
-    if rank == 0:
-        with writing(path):
-            vit.save_backbone(path, backbone, args.arch, step, plain(args))
-            vit.atomic_save(backbone.state_dict(), path.with_name(path.stem + "_dinov2.pth"))
-
-
-def plain_teacher(model, args):
-    """The teacher's backbone, whole and on the CPU, in every process; all must call it."""
-    state = whole(model.teacher["backbone"].state_dict())
-    with torch.device("meta"):
-        backbone = vit.build_vit(args.arch, image_size=args.global_size)
-    backbone.load_state_dict(state, assign=True)
-    return backbone.eval()
-
-
-def initial_loss_report(terms, args):
-    """At the start student and teacher know nothing of each other: every cross-entropy is near ln K."""
-    pairs, log_k = 2 + 2 * args.local_crops, math.log(args.prototypes)
-    healthy = {"dino_local": 2 * args.local_crops / pairs * log_k, "dino_global": 2 / pairs * log_k, "ibot": 0.5 * log_k}
-    text = "first step: " + ", ".join(f"{k} {terms[k]:.3f} (healthy {v:.3f})" for k, v in healthy.items()) + f", koleo {terms['koleo']:.3f}"
-    if any(abs(terms[k] / v - 1) > 0.1 for k, v in healthy.items()):
-        text += "\nWARNING: the initial loss is more than 10 % off; expected only when --init brings trained heads"
-    return text
-
-
-def collapse_warnings(stats, n_prototypes, rows):
-    """Sentences about the teacher's plain softmax (losses.collapse_stats) that call for a look; empty when all is well."""
-    warnings = []
-    if stats["kl_to_uniform"] < 0.01 * math.log(n_prototypes):
-        warnings.append("the teacher's output is uniform over the prototypes: lower --teacher-temp or raise --lr")
-    if rows >= 8 and stats["entropy_of_mean"] < 0.1 * math.log(min(rows, n_prototypes)):
-        warnings.append("every frame falls on the same prototypes: use --centering sinkhorn, a larger --batch or a lower --lr")
-    if rows >= 8 and stats["prototypes_used"] <= max(1, rows // 32):
-        warnings.append(f"{stats['prototypes_used']} prototypes serve all {rows} crops: use a larger --batch or a lower --lr")
-    return warnings
-
-
-def probe(model, args, labelled, step, best, device, rank):
-    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far). Rank 0 works, others wait."""
-    import probe_mes  # lazily: training without a probe does not need it
-    backbone, metrics = plain_teacher(model, args), {}
-    if rank == 0:
-        metrics = probe_mes.online_score(backbone.to(device), labelled, device)
-        name = "kappa" if args.probe_task == "mes" else "macro_f1"
-        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f" (best {name} so far {best:.3f})")
-        if metrics[name] > best:
-            best = metrics[name]
-            vit.save_backbone(pathlib.Path(args.out) / "best.pt", backbone, args.arch, step, plain(args), metrics)
-    shared = [metrics, best]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=0)
-    return shared
-
-
-def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths, rank):
-    """Keep what is needed to look at a step that was not finite and not applied; stop when there were too many."""
-    frames = [paths]
-    if dist.is_initialized():
-        frames = [None] * dist.get_world_size()
-        dist.all_gather_object(frames, paths)
-    path = pathlib.Path(args.out) / f"nonfinite_{progress['step']}.pt"
-    found = {k: float(v) for k, v in {**terms, **{f"grad_norm_{k}": v for k, v in norms.items()}}.items()}
-    save_checkpoint(path, model, optimizer, {**progress, "frames": frames, "found": found}, args, rank)
-    message = (f"step {progress['step']}: not finite ({', '.join(f'{k} {v:g}' for k, v in found.items() if not math.isfinite(v))}); "
-               f"the step was not applied; its frames and the state before it are in {path}")
-    if progress["skips"] > args.max_skips:
-        raise SystemExit(message + "; look at the frames, lower --lr, or raise --max-skips" if rank == 0 else 1)
-    if rank == 0:
-        tqdm.write(message + f"; skipped ({progress['skips']} of at most {args.max_skips})")
 
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
@@ -666,6 +286,103 @@ def next_batch(batches):
         raise SystemExit(str(error)) from error
 
 
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+
+def initial_loss_report(terms, args):
+    """At the start student and teacher know nothing of each other: every cross-entropy is near ln K."""
+    pairs, log_k = 2 + 2 * args.local_crops, math.log(args.prototypes)
+    healthy = {"dino_local": 2 * args.local_crops / pairs * log_k, "dino_global": 2 / pairs * log_k, "ibot": 0.5 * log_k}
+    text = "first step: " + ", ".join(f"{k} {terms[k]:.3f} (healthy {v:.3f})" for k, v in healthy.items()) + f", koleo {terms['koleo']:.3f}"
+    if any(abs(terms[k] / v - 1) > 0.1 for k, v in healthy.items()):
+        text += "\nWARNING: the initial loss is more than 10 % off; expected only when --init brings trained heads"
+    return text
+
+
+def collapse_warnings(stats, n_prototypes, rows):
+    """Sentences about the teacher's plain softmax (losses.collapse_stats) that call for a look; empty when all is well."""
+    warnings = []
+    if stats["kl_to_uniform"] < 0.01 * math.log(n_prototypes):
+        warnings.append("the teacher's output is uniform over the prototypes: lower --teacher-temp or raise --lr")
+    if rows >= 8 and stats["entropy_of_mean"] < 0.1 * math.log(min(rows, n_prototypes)):
+        warnings.append("every frame falls on the same prototypes: use --centering sinkhorn, a larger --batch or a lower --lr")
+    if rows >= 8 and stats["prototypes_used"] <= max(1, rows // 32):
+        warnings.append(f"{stats['prototypes_used']} prototypes serve all {rows} crops: use a larger --batch or a lower --lr")
+    return warnings
+
+
+def probe(model, args, labelled, step, best, device, rank):
+    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far). Rank 0 works, others wait."""
+    import probe_mes  # lazily: training without a probe does not need it
+    backbone, metrics = plain_teacher(model, args), {}
+    if rank == 0:
+        metrics = probe_mes.online_score(backbone.to(device), labelled, device)
+        name = "kappa" if args.probe_task == "mes" else "macro_f1"
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f" (best {name} so far {best:.3f})")
+        if metrics[name] > best:
+            best = metrics[name]
+            vit.save_backbone(pathlib.Path(args.out) / "best.pt", backbone, args.arch, step, plain(args), metrics)
+    shared = [metrics, best]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared
+
+
+class Log:
+    """log.jsonl and the progress bar, on rank 0; warns of a run that looks unwell. On resuming, what will be made again is cut."""
+
+    def __init__(self, out, args, start, world, rank):
+        self.args, self.world, self.rank, self.warned = args, world, rank, set()
+        self.images = self.wait = 0.0
+        self.clock = time.perf_counter()
+        self.bar = tqdm(total=args.steps * args.batch * world, initial=start * args.batch * world, unit="img", disable=rank != 0)
+        if rank == 0:
+            cut_log(out / "log.jsonl", start)
+            (out / "args.json").write_text(json.dumps(plain(args), indent=1) + "\n")
+            self.file = open(out / "log.jsonl", "a", buffering=1)
+
+    @contextlib.contextmanager
+    def waiting(self):
+        began = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - began
+
+    def step(self, step, terms, norms, now, model):
+        args, n = self.args, self.args.batch * self.world
+        self.images += n
+        self.bar.update(n)
+        if step % args.log_every:
+            return
+        means = losses.all_reduce(torch.stack(list(terms.values()))) / self.world
+        terms = dict(zip(terms, means.tolist()))
+        stats = losses.collapse_stats(model.teacher_logits, float(now["temp"]))
+        seconds = time.perf_counter() - self.clock
+        self.write({"step": step, **terms, **{k: float(v) for k, v in now.items()}, **{f"grad_norm_{k}": float(v) for k, v in norms.items()},
+                    **stats, "images_per_s": self.images / seconds, "input_wait": self.wait / seconds})
+        self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
+        self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
+        if step == 0:
+            self.say(initial_loss_report(terms, args))
+        if step >= max(100, args.warmup * args.steps):  # every run starts uniform, on few prototypes
+            for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
+                if sentence not in self.warned:
+                    self.say(f"WARNING, step {step}: {sentence}")
+                    self.warned.add(sentence)
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def write(self, line):
+        if self.rank == 0:
+            self.file.write(json.dumps(line) + "\n")
+
+    def close(self):
+        self.bar.close()
+        if self.rank == 0:
+            self.file.close()
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -733,24 +450,6 @@ def run(args, device, rank, world, stop):
         say(f"{stop[0]}: stopped after step {progress['step']} of {args.steps}; the same command goes on from {out / 'last.pt'}")
 
 
-def resume(model, optimizer, args, global_batch, say):
-    """Where the run stands: {"step": steps done, "skips", "best", "global_batch"}; model and optimiser filled if it goes on."""
-    progress = {"step": 0, "skips": 0, "best": -math.inf, "global_batch": global_batch}
-    path = pathlib.Path(args.out) / "last.pt" if args.resume in ("auto", "no") else pathlib.Path(args.resume)
-    if args.resume == "no" or args.resume == "auto" and not path.exists():
-        return progress
-    state = read_run(path)
-    check_same_run(state["args"], args, path)
-    load_checkpoint(path, model, optimizer, state)
-    progress |= {key: state[key] for key in ("step", "skips", "best")}
-    if progress["step"] > args.steps:
-        raise SystemExit(f"{path} has already done {progress['step']} steps, more than --steps {args.steps}")
-    say(f"going on from {path} after step {progress['step']} of {args.steps}")
-    old = make_schedules(argparse.Namespace(**state["args"]), state["global_batch"])
-    say(*schedule_changes(old, make_schedules(args, global_batch), progress["step"]), sep="\n", end="")
-    return progress
-
-
 def describe(args, model, frames, world, say):
     """Print what will run, and where the numbers come from."""
     if args.device == "cpu" and args.recipe != "demo":
@@ -781,61 +480,6 @@ def draw_kept(model, batch, seed, step, rank):
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
     kept = model.student["backbone"].draw_kept([len(batch["global_crops"]), len(batch["local_crops"])], generator)
     return kept and [k.to(batch["masks"].device, non_blocking=True) for k in kept]
-
-
-class Log:
-    """log.jsonl and the progress bar, on rank 0; warns of a run that looks unwell. On resuming, what will be made again is cut."""
-
-    def __init__(self, out, args, start, world, rank):
-        self.args, self.world, self.rank, self.warned = args, world, rank, set()
-        self.images = self.wait = 0.0
-        self.clock = time.perf_counter()
-        self.bar = tqdm(total=args.steps * args.batch * world, initial=start * args.batch * world, unit="img", disable=rank != 0)
-        if rank == 0:
-            cut_log(out / "log.jsonl", start)
-            (out / "args.json").write_text(json.dumps(plain(args), indent=1) + "\n")
-            self.file = open(out / "log.jsonl", "a", buffering=1)
-
-    @contextlib.contextmanager
-    def waiting(self):
-        began = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - began
-
-    def step(self, step, terms, norms, now, model):
-        args, n = self.args, self.args.batch * self.world
-        self.images += n
-        self.bar.update(n)
-        if step % args.log_every:
-            return
-        means = losses.all_reduce(torch.stack(list(terms.values()))) / self.world
-        terms = dict(zip(terms, means.tolist()))
-        stats = losses.collapse_stats(model.teacher_logits, float(now["temp"]))
-        seconds = time.perf_counter() - self.clock
-        self.write({"step": step, **terms, **{k: float(v) for k, v in now.items()}, **{f"grad_norm_{k}": float(v) for k, v in norms.items()},
-                    **stats, "images_per_s": self.images / seconds, "input_wait": self.wait / seconds})
-        self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
-        self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
-        if step == 0:
-            self.say(initial_loss_report(terms, args))
-        if step >= max(100, args.warmup * args.steps):  # every run starts uniform, on few prototypes
-            for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
-                if sentence not in self.warned:
-                    self.say(f"WARNING, step {step}: {sentence}")
-                    self.warned.add(sentence)
-
-    def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
-
-    def write(self, line):
-        if self.rank == 0:
-            self.file.write(json.dumps(line) + "\n")
-
-    def close(self):
-        self.bar.close()
-        if self.rank == 0:
-            self.file.close()
 
 
 if __name__ == "__main__":

@@ -21,14 +21,17 @@ All randomness is a function of (seed, epoch, frame, crop) or, for masks, (seed,
 """
 import argparse
 import array
+import bisect
 import contextlib
 import csv
 import functools
+import io
 import itertools
 import json
 import math
 import os
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -54,11 +58,13 @@ class BadImage(ValueError):
 def opened(path):
     """The PIL image, header read and not decoded yet; whatever goes wrong inside is a BadImage that names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(open_file(path)) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
             yield image
+    except BadShard:
+        raise
     except Exception as error:  # Pillow lets through whatever its decoders raise
         raise BadImage(f"{path}: {error or type(error).__name__}") from error
 
@@ -94,11 +100,130 @@ def eval_image(path, size=224):
     return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
 
 
+# ------------------------------------------------------------------------------------------------------------- tar shards
+# Ten million small files defeat network storage, so frames may lie in uncompressed tar files too. A shard is read as a
+# folder of its name: `videos/007.tar/colon/0001.jpg` is the member colon/0001.jpg of videos/007.tar.
+
+class BadShard(OSError):
+    """A tar that cannot be relied on. No BadImage: it concerns all of its frames, so the run ends."""
+
+
+def split_shard(path):
+    """("a/b.tar", "c/d.jpg") of a/b.tar/c/d.jpg; (None, path) of a path that leads through no tar file."""
+    path = os.fspath(path)
+    head, mark, member = path.partition(".tar/")
+    return (head + ".tar", member) if mark and os.path.isfile(head + ".tar") else (None, path)
+
+
+def open_file(path):
+    """What Image.open takes for a path: the path itself, or the bytes of a shard's member. Every reader of pixels
+    asks here."""
+    shard, member = split_shard(path)
+    if shard is None:
+        return path
+    offset, size = locate(shard, member)
+    with open(shard, "rb") as file:
+        check_unchanged(shard, os.fstat(file.fileno()))
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise BadShard(f"{shard}: cut short, {member} should end at byte {offset + size}: copy it anew")
+    return io.BytesIO(content)
+
+
+def stamp(path):
+    """(bytes, time of last change in ns) of a file or of a shard's member, to tell whether it is still the same."""
+    shard, member = split_shard(path)
+    found = os.stat(shard or path)
+    return found.st_size if shard is None else locate(shard, member)[1], found.st_mtime_ns
+
+
+def locate(shard, member):
+    """(offset, bytes) of a member's content in its tar."""
+    index, name = shard_index(shard), os.fsencode(member)
+    row = bisect.bisect_left(index["name"], scan_order(name), lo=1, key=scan_order)
+    if row == len(index) or index["name"][row] != name:
+        raise FileNotFoundError(f"{shard}: has no member {member}")
+    return int(index["offset"][row]), int(index["size"][row])
+
+
+def scan_order(name):
+    """The key by which `scan` sorts a relative path (bytes): a folder's files come before its folders."""
+    *folders, last = name.split(b"/")
+    return [(1, folder) for folder in folders] + [(0, last)]
+
+
+def check_unchanged(shard, found):
+    """BadShard if the index does not describe the tar with this os.stat result."""
+    _, changed, size = shard_index(shard)[0]
+    if (changed, size) != (found.st_mtime_ns, found.st_size):
+        raise BadShard(f"{shard}: changed since it was indexed; give the command again, which indexes it anew")
+
+
+@functools.lru_cache(maxsize=None)
+def shard_index(shard):
+    """(1 + n,) rows (name, offset, size) of a tar's images, in the order of `scan`. Row 0 is the tar itself: ("", its
+    time of last change in ns, its size). Kept beside it as <shard>.index.npy, which all processes map into memory."""
+    file = f"{shard}.index.npy"
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there yet, or not whole
+        index, found = np.load(file, mmap_mode="r"), os.stat(shard)
+        if tuple(index[0])[1:] == (found.st_mtime_ns, found.st_size):
+            return index
+        print(f"{shard}: changed since it was indexed, so it is indexed anew")
+    index = index_shard(shard)
+    temporary = f"{file}.tmp{os.getpid()}.npy"
+    try:
+        np.save(temporary, index)
+        os.replace(temporary, file)
+    except OSError as error:  # a read-only folder, say
+        print(f"{file}: cannot be written ({error.strerror}), so every run indexes the shard anew")
+        return index
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    return np.load(file, mmap_mode="r")
+
+
+def index_shard(shard):
+    """Read the headers of a tar: see shard_index. BadShard for one that is compressed, cut short or damaged."""
+    found, rows = os.stat(shard), {}
+    bar = tqdm(total=found.st_size, unit="B", unit_scale=True, desc=f"index of {shard}", disable=None)
+    try:
+        with bar, tarfile.open(shard, "r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # tarfile would keep an object of a kilobyte for each
+                name = os.path.normpath(member.name)
+                if member.isreg() and name.lower().endswith(SUFFIXES) and not f"/{name}".count("/."):
+                    rows[os.fsencode(name)] = member.offset_data, member.size  # of one name the last counts, as in tar
+                bar.update(tar.offset - bar.n)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # a whole tar ends with empty blocks
+                raise BadShard(f"{shard}: cut short or damaged at byte {tar.offset} of {found.st_size}: copy it anew")
+    except tarfile.TarError as error:
+        raise BadShard(f"{shard}: cut short, or no uncompressed tar as `tar -cf` writes it ({error})") from error
+    names = sorted(rows, key=scan_order)
+    kind = [("name", f"S{max(map(len, names), default=1)}"), ("offset", np.int64), ("size", np.int64)]
+    return np.array([(b"", found.st_mtime_ns, found.st_size), *((name, *rows[name]) for name in names)], kind)
+
+
+def is_shard(path):
+    return str(path).endswith(".tar") and os.path.isfile(path)
+
+
+def shard_members(shard):
+    """Names of a shard's images, in the order in which `scan` would find them in a folder."""
+    shard_index.cache_clear()  # a process that looks again sees what has changed since it looked first
+    return (os.fsdecode(name) for name in shard_index(str(shard))["name"][1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------- frames
+
 class Frames:
     """Index of unlabelled frames: a folder's in sorted order, a manifest's in its own. A frame costs the bytes of its path + 12,
     so millions fit.
 
-    root: a folder (every sub-folder is a video), or a manifest (csv with columns path, video, ...; paths relative to it).
+    root: a folder (every sub-folder is a video; a tar shard counts as one), a shard, or a manifest (csv with columns
+    path, video, ...; paths relative to it, `shard.tar/member` in a shard).
     only: file of paths, names or stems, one a line; every line must match exactly one frame.
     """
 
@@ -108,17 +233,22 @@ class Frames:
         if manifest.is_file():
             self.root = manifest.parent
             entries = ((row["path"], row.get("video")) for row in read_csv(manifest, ("path",)))
-        elif self.root.is_dir():
+        elif self.root.is_dir() or is_shard(self.root):
             entries = ((path, None) for path in scan(str(self.root)))
         else:
             raise FileNotFoundError(f"{root}: no such folder or manifest of frames")
         blob, ends, number, of = bytearray(), array.array("q"), {}, array.array("i")  # never a million Python strings at once
+        shards = set()  # as the paths name them, without ".tar"
         for path, video in matching(entries, only, self.root) if only else entries:
             blob += os.fsencode(path)
             ends.append(len(blob))
             of.append(number.setdefault(video or os.path.dirname(path), len(number)))
+            shards.update(path.split(".tar/")[:1] if ".tar/" in path else ())
         if not ends:
             raise FileNotFoundError(f"{root}: no images here ({', '.join(SUFFIXES)})")
+        for shard in sorted(os.path.join(self.root, f"{shard}.tar") for shard in shards):
+            if is_shard(shard):
+                shard_index(shard)  # those that a manifest names: here, with progress, not in every worker at its first frame
         self.blob, self.ends = bytes(blob), np.frombuffer(ends, np.int64)
         self.videos, self.video_of = list(number), np.frombuffer(of, np.int32)
 
@@ -136,9 +266,13 @@ class Frames:
 
 
 def scan(root, below=""):
-    """Relative paths of the images under root, depth first, in sorted order."""
-    with os.scandir(os.path.join(root, below)) as entries:
-        entries = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    """Relative paths of the images under root, depth first, in sorted order; a tar shard stands for a folder."""
+    here = os.path.join(root, below) if below else root
+    if is_shard(here):
+        yield from (os.path.join(below, name) for name in shard_members(here))
+        return
+    with os.scandir(here) as entries:
+        entries = sorted((e.name, e.is_dir() or is_shard(e.path)) for e in entries if not e.name.startswith("."))
     folders = [name for name, is_dir in entries if is_dir]
     if "images" in folders and "masks" in folders:
         folders.remove("masks")  # labels of the frames beside them, not frames
@@ -546,11 +680,12 @@ class Labelled:
 
 
 def images_in(folder):
-    """Sorted paths of the images right in a folder; raises if there is none."""
+    """Sorted paths of the images right in a folder, then of those in its tar shards; raises if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     paths = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    paths += [f"{shard}/{name}" for shard in sorted(folder.glob("*.tar")) for name in shard_members(shard)]
     if not paths:
         raise FileNotFoundError(f"{folder}: no images in this folder")
     return paths

@@ -254,7 +254,8 @@ def bench_input(argv):
     import numpy as np
     from PIL import Image
 
-    from data import BlockMasks, Frames, MultiCrop, augment, collate, stream
+    from augment import BlockMasks, MultiCrop, augment, collate, stream
+    from data import Frames
     from synthetic import frames_of
 
     parser = argparse.ArgumentParser(prog="bench.py input", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -298,7 +299,8 @@ def bench_input(argv):
 def reduced_error(multicrop):
     """Which factors the frames are reduced by, and mean, percentiles and maximum of what that does to their crops, in grey levels."""
     import numpy as np
-    from data import cut, decode, opened, stream
+    from augment import cut, stream
+    from data import decode, opened
 
     factors, differences = [], []
     for i in range(len(multicrop.frames)):
@@ -560,7 +562,7 @@ def step_row(arch, runs, flags):
     def load(step):
         raw = next(batches)
         clock("input wait")
-        batch = pretrain.data.augment(raw, device)
+        batch = pretrain.augment.augment(raw, device)
         batch["kept"] = pretrain.draw_kept(model, batch, run.seed, step, 0)
         clock("colour half of the crops")
         return batch, {name: values[step] for name, values in schedules.items()}
@@ -884,13 +886,14 @@ def quick_probes(root, model, size):
     """(landmarks accuracy, the same on the second scope, Mayo kappa, polyps Dice) with heads of fixed strength; validation frames choose the
     polyps' learning rate alone."""
     import numpy as np
+    import frozen
     import probe_classify
     import probe_mes
     import probe_segment
     from data import open_labelled
 
     def mean_score(head, labelled, other, score):
-        features, elsewhere = (probe_classify.frozen_features(model, s.paths, "cpu", size) for s in (labelled, other))
+        features, elsewhere = (frozen.frozen_features(model, s.paths, "cpu", size) for s in (labelled, other))
         n, found = len(labelled.classes), []
         y, z = torch.from_numpy(labelled.labels), torch.from_numpy(other.labels)
         for split in labelled.splits:

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import data
+import figures
 import synthetic
 import vit
 
@@ -460,23 +461,6 @@ def histogram(sizes):
     return dict(zip(names, np.bincount(power, minlength=len(names)).tolist()))
 
 
-def contact_sheet(path, frames, groups, side=96, columns=12):
-    """A PNG with a caption and up to two rows of frames, drawn at even distances, for each (caption, frame numbers) in groups."""
-    shown = [(caption, rows[np.linspace(0, len(rows) - 1, min(2 * columns, len(rows))).astype(int)]) for caption, rows in groups if len(rows)]
-    heights = [16 + side * -(-len(rows) // columns) for _, rows in shown]
-    page, top = Image.new("RGB", (columns * side, sum(heights)), "white"), 0
-    draw = ImageDraw.Draw(page)
-    for (caption, rows), height in zip(shown, heights):
-        draw.text((3, top + 2), caption, fill="black")
-        for place, i in enumerate(rows):
-            with contextlib.suppress(data.BadImage):
-                picture = data.read_image(frames.path(i), (side, side)).resize((side, side))
-                page.paste(picture, (place % columns * side, top + 16 + place // columns * side))
-        top += height
-    with vit.replacing(path) as temporary:
-        page.save(temporary)
-
-
 def report(args, out, frames, video, names, code, tree, rows, chosen, about):
     """Write manifest.csv, report.json and sheet.png into the folder `out`; returns the report. rows: the frames that were clustered."""
     place = np.searchsorted(rows, chosen)
@@ -497,7 +481,7 @@ def report(args, out, frames, video, names, code, tree, rows, chosen, about):
         temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
     groups = [(f"kept: {len(chosen)}", chosen)]
     groups += [(f"dropped, {reason}: {(code == 1 + r).sum()}", np.flatnonzero(code == 1 + r)) for r, reason in enumerate(REASONS)]
-    contact_sheet(out / "sheet.png", frames, groups)
+    figures.contact_sheet(out / "sheet.png", frames, groups)
     print(f"{len(frames)} frames of {len(names)} videos:", ", ".join(f"{n} {reason}" for reason, n in result["dropped"].items()))
     print(f"{len(rows)} left, {len(chosen)} chosen from {np.count_nonzero(counts[:, 1])} videos in {out}/manifest.csv; "
           "see report.json and sheet.png beside it")

@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
+import augment
 import data
 import dino_loss as losses
 import synthetic
@@ -90,7 +91,7 @@ def parse(argv=None):
     box("--local-crops", type=int, default=argparse.SUPPRESS, help="local crops per frame; they cost most of a step")
     box("--global-scale", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("MIN", "MAX"), help="area of a global crop in the frame")
     box("--local-scale", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("MIN", "MAX"), help="area of a local crop in the frame")
-    box("--blur", default="as-executed", choices=data.BLUR, help="DINOv2's released weights were trained with the probabilities of its blur "
+    box("--blur", default="as-executed", choices=augment.BLUR, help="DINOv2's released weights were trained with the probabilities of its blur "
         "inverted: as-executed repeats that, as-written is the paper's")
     box("--hue", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="turn hues at random; colour is diagnostic in endoscopy, so try without")
     box("--grayscale", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="drop the colour of a fifth of the crops")
@@ -271,12 +272,12 @@ def autocast_for(args, device):
 
 def make_batches(args, frames, start, rank, world, device):
     """Batches of this process from step `start` on, endless workers behind them."""
-    multicrop = data.MultiCrop(frames, args.seed, args.global_size, args.local_size, args.local_crops, tuple(args.global_scale),
+    multicrop = augment.MultiCrop(frames, args.seed, args.global_size, args.local_size, args.local_crops, tuple(args.global_scale),
                                tuple(args.local_scale), args.blur, args.hue, args.grayscale, args.solarize, args.exact_decode)
-    sampler = data.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps)
+    sampler = augment.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps)
     side = args.global_size // 14
-    masks = data.BlockMasks((side, side), args.batch * world, args.seed)
-    return iter(data.loader(multicrop, sampler, masks, args.workers, pin=device.type == "cuda"))
+    masks = augment.BlockMasks((side, side), args.batch * world, args.seed)
+    return iter(augment.loader(multicrop, sampler, masks, args.workers, pin=device.type == "cuda"))
 
 
 def next_batch(batches):
@@ -415,7 +416,7 @@ def run(args, device, rank, world, stop):
     schedules = make_schedules(args, args.batch * world)
     describe(args, model, frames, world, say)
     labelled = open_probe(args, say)
-    batches, skipped = make_batches(args, frames, progress["step"], rank, world, device), data.Skipped(frames, world)
+    batches, skipped = make_batches(args, frames, progress["step"], rank, world, device), augment.Skipped(frames, world)
     log = Log(out, args, progress["step"], world, rank)
     model.train()
 
@@ -424,7 +425,7 @@ def run(args, device, rank, world, stop):
             raw = next_batch(batches)
         if unreadable := skipped.update(raw):
             log.write({"step": step, "unreadable": unreadable})
-        batch = data.augment(raw, device)
+        batch = augment.augment(raw, device)
         batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
         now = {name: values[step] for name, values in schedules.items()}
         terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast, wrapped)

@@ -8,25 +8,16 @@
 The backbone is never trained. Its features are computed once and kept under features/. Everything that is chosen is chosen
 on a fold's validation frames; the head that won there, fitted on the training frames alone, is the one that is tested, once.
 """
-import argparse
-import contextlib
-import dataclasses
 import functools
-import hashlib
-import json
-import os
-import pathlib
 import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-import data
-import synthetic
-import vit
+from frozen import (apply, architecture, arguments, backbones, best_on_validation, bootstrap_interval, frozen_features,
+                    mean_of, one_sentence, open_sets, per_split, report, summarise, test_sets, tested_frames)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,24 +47,6 @@ def class_f1(true, pred, n_classes):
 def macro_f1(true, pred, n_classes):
     """Mean F1 over all n_classes (an absent class counts 0, as in scikit-learn with labels given); nan for an empty set."""
     return class_f1(true, pred, n_classes).mean().item() if len(true) else float("nan")
-
-
-def bootstrap_interval(statistic, groups, n=1000, seed=0):
-    """95 % percentile interval of statistic(indices) when whole groups (patients) are drawn with replacement.
-
-    groups: one name per sample. statistic may return a number or an array, and nan where a draw leaves it undefined
-    (such draws are left out). Returns (low, high), nan when there is a single group: nothing is known then.
-    """
-    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
-    members = [np.flatnonzero(group_of == g) for g in range(group_of.max(initial=-1) + 1)]
-    if len(members) < 2:
-        return (np.full_like(np.asarray(statistic(np.arange(len(groups))), dtype=float), np.nan),) * 2
-    rng = np.random.default_rng(seed)
-    draws = [statistic(np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])) for _ in range(n)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a statistic that no draw defines: nan is the answer
-        low, high = np.nanquantile(np.asarray(draws, dtype=float), [0.025, 0.975], axis=0)
-    return low, high
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,153 +179,6 @@ def majority_head(features, y, rows, n_classes):
     return lambda features, rows: (p.expand(len(rows), -1), p.argmax().expand(len(rows)))
 
 
-def best_on_validation(fit, grid, features, y, split, n_classes, score):
-    """(predict, setting): the setting of the grid whose head, fitted on split.train, has the highest score(true, pred, n_classes)
-    on split.val. The first wins a tie, so a grid goes from the simplest head to the least simple.
-    """
-    best = None
-    for setting in grid:
-        predict = fit(features, y, split.train, n_classes, **setting)
-        value = score(y[split.val], predict(features, split.val)[1], n_classes)
-        if best is None or value > best[0]:
-            best = value, predict, setting
-    return best[1:]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Frozen features
-
-
-@contextlib.contextmanager
-def one_sentence():
-    """A bad checkpoint or data root ends a command with the sentence that names it, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
-
-
-def backbones(checkpoints, device, seed=0):
-    """Yield (name, model) for each checkpoint, then one random initialisation per architecture among them (vitt14 if none).
-
-    In evaluation mode, gradients off. Names are the paths as given, and "random initialisation (ARCH)", drawn with `seed`.
-    """
-    shapes, absent = {}, [str(path) for path in checkpoints if not os.path.isfile(path)]
-    if absent:  # said before the first of them has been computed for an hour
-        raise SystemExit(f"{', '.join(absent)}: no such checkpoint file")
-    for path in checkpoints:
-        with one_sentence():
-            model = vit.load_backbone(path, device)
-        shapes[architecture(model)] = [model.dim, model.depth, model.heads, model.ffn, model.registers]
-        yield str(path), model.eval().requires_grad_(False)
-    for arch, shape in (shapes or {"vitt14": None}).items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = vit.VisionTransformer(*shape) if shape else vit.build_vit(arch)
-        model.info = {"path": None, "arch": arch, "step": 0, "format": None, "metrics": {}}
-        yield f"random initialisation ({arch})", model.to(device).eval().requires_grad_(False)
-
-
-def architecture(model):
-    """The name in ARCHS, or width/depth/heads/registers where there is none."""
-    return model.arch or f"ViT {model.dim}/{model.depth}/{model.heads}/{model.registers}"
-
-
-def fingerprint(paths, image_size):
-    """A hash of the files (path, size, time of last change) and the resolution: the data's part of a cache key."""
-    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    return hashlib.sha256(repr((files, image_size)).encode()).hexdigest()
-
-
-def cached(model, data_key, compute, folder="features"):
-    """compute() -> dict of tensors, kept on disk under a key of the weights, the data and the kind of device (its precision)."""
-    digest = hashlib.sha256(f"1 {data_key} {model.heads}".encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    path = pathlib.Path(folder) / f"{digest.hexdigest()[:32]}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        vit.atomic_save(compute(), path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def frozen_features(model, paths, device, image_size):
-    """What extract gives for these frames, computed once and then read from disk."""
-    return cached(model, fingerprint(paths, image_size), functools.partial(extract, model, paths, device, image_size))
-
-
-def read_batch(paths, image_size):
-    return torch.stack([data.eval_image(p, image_size) for p in paths])                             # (b, 3, S, S)
-
-
-@torch.no_grad()
-def extract(model, paths, device, image_size=224, batch=64):
-    """Features of frames, float32 on the CPU; bf16 autocast on GPUs. The model's mode and the random state are left as they were.
-
-    "cls" (n, 4, D): class tokens of the last four blocks, each through the final norm; "patch" (n, D): mean patch token of the last.
-    """
-    training, device = model.training, torch.device(device)
-    layers = range(max(model.depth - 4, 0), model.depth)
-    loader = torch.utils.data.DataLoader(
-        list(paths), batch, collate_fn=functools.partial(read_batch, image_size=image_size),
-        num_workers=min(8, os.cpu_count()) if device.type == "cuda" and len(paths) > batch else 0,
-        generator=torch.Generator())  # its own: a probe in the middle of a training run must not move that run's random state
-    cls, patch = [], []
-    model.eval()
-    for images in tqdm(loader, desc="features", unit="batch", disable=None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            blocks = model.intermediate(images.to(device), layers)
-        cls.append(torch.stack([b["cls"] for b in blocks], 1).float().cpu())                        # (b, 4, D)
-        patch.append(blocks[-1]["patches"].float().mean(1).cpu())                                   # (b, D)
-    model.train(training)
-    if not cls:
-        return {"cls": torch.empty(0, len(layers), model.dim), "patch": torch.empty(0, model.dim)}
-    features = {"cls": torch.cat(cls), "patch": torch.cat(patch)}
-    if not all(f.isfinite().all() for f in features.values()):
-        raise ValueError("the backbone's features are not finite: its weights have diverged")
-    return features
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def markdown_table(rows, hidden=()):
-    """A list of dicts as a GitHub Markdown table: one column per key that holds plain values, in order of first appearance.
-
-    "X sd" joins column X as "X ± sd", "X low" and "X high" as "X [low, high]"; nan prints as n/a; `hidden` keys are left out.
-    """
-    keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, (list, tuple, dict))))
-    parts = {f"{k} {part}" for k in keys for part in ("sd", "low", "high")}
-    columns = [k for k in keys if k not in parts and k not in hidden]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = []
-        for k in columns:
-            cell = plain(row.get(k))
-            cell += f" ± {plain(row[f'{k} sd'])}" if f"{k} sd" in row else ""
-            cell += f" [{plain(row[f'{k} low'])}, {plain(row[f'{k} high'])}]" if f"{k} low" in row else ""
-            cells.append(cell)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plain(value):
-    if isinstance(value, float):
-        return "n/a" if np.isnan(value) else f"{value:.3f}"
-    return "" if value is None else str(value)
-
-
-def write_rows(rows, path):
-    """The same rows as JSON (nan as null, for every reader)."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()} for row in rows]
-    with vit.replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1) + "\n")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From features to the results table (probe_mes.py runs the same with its own heads and metrics)
 
@@ -361,50 +187,6 @@ DRAWS = 10                      # of them; draw d takes its frames from split d 
 FEW_SHOT = dict(blocks=1, patch=True, l2=0.1)  # fixed: with a few labels there are none to choose with
 GRID = [dict(blocks=b, patch=p, l2=l2) for l2 in (10.0, 1.0, 1e-1, 1e-2, 1e-3) for b in (1, 4) for p in (False, True)]
 HEADS = {"kNN": (knn_head, [{}]), "linear": (linear_head, GRID)}
-
-
-def test_sets(labelled, other):
-    """[(words for the table, labelled set, test rows of each split)]: the other set, if any, is tested whole by each split's head."""
-    n = len(labelled.splits)
-    sets = [("same data", labelled, [s.test for s in labelled.splits])]
-    return sets + ([("unrelated data", other, [np.arange(len(other.paths))] * n)] if other else [])
-
-
-def apply(predicts, features, tests, n, n_classes):
-    """What each split's head says of its test frames: labels (F, n), -1 where not tested; probabilities (F, n, C)."""
-    pred = torch.full((len(tests), n), -1)
-    prob = torch.full((len(tests), n, n_classes), float("nan"))
-    for f, (predict, rows) in enumerate(zip(predicts, tests)):
-        prob[f, rows], pred[f, rows] = predict(features, rows)
-    return pred, prob
-
-
-def per_split(metrics, y, outcome, rows=slice(None)):
-    """metrics(true, pred, prob) of every split over those of `rows` that it tested: list of dicts."""
-    pred, prob = (t[:, rows] for t in outcome)
-    return [metrics(y[rows][p >= 0], p[p >= 0], q[p >= 0]) for p, q in zip(pred, prob)]
-
-
-def tested_frames(outcome):
-    """Numbers of the frames that some split tests; an outcome holds -1 for the others."""
-    return (outcome[0] >= 0).any(0).nonzero()[:, 0].numpy()
-
-
-def mean_of(dicts, keys=None):
-    return {k: float(np.mean([d[k] for d in dicts])) for k in keys or dicts[0]}
-
-
-def summarise(metrics, labelled, outcome, seed):
-    """Mean and population standard deviation over splits; where there is one split, a 95 % bootstrap interval over groups."""
-    y = torch.from_numpy(labelled.labels)
-    scores = per_split(metrics, y, outcome)
-    row = mean_of(scores)
-    if len(scores) > 1:
-        return row | {f"{k} sd": float(np.std([s[k] for s in scores])) for k in row}
-    tested = tested_frames(outcome)
-    interval = bootstrap_interval(lambda i: list(per_split(metrics, y, outcome, tested[i])[0].values()),
-                                  np.asarray(labelled.groups)[tested], seed=seed)
-    return row | {f"{k} {end}": float(v) for end, values in zip(("low", "high"), interval) for k, v in zip(row, values)}
 
 
 def few_shot(features, labelled, n_classes, head, metrics, keys, seed):
@@ -475,69 +257,6 @@ def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
         arch_of[name] = architecture(model)
     pairs = [(c, f"random initialisation ({arch_of[c]})") for c in map(str, args.checkpoints)]
     return results + shots + differences(outcomes, pairs, sets, metrics, keys, args.seed)
-
-
-def arguments(doc, task, size=224, otherwise=""):
-    """The parser of the flags that all probes share; `otherwise` says what a --size of None means."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoints", nargs="*", help="backbone files: ours, released DINOv2 weights, DINOv2 training checkpoints")
-    parser.add_argument("--data", help=f"data root for {task}; without it the synthetic set, made on first use")
-    parser.add_argument("--generalise", help="a second root of the same layout: every head fitted on --data is tested on all of "
-                        "it too (the synthetic set brings its own, another scope)")
-    parser.add_argument("--size", type=int, default=size, help="side in pixels of the square that the backbone sees, a multiple of its "
-                        "patch size; a backbone pre-trained on small crops may do better near their size" + otherwise)
-    parser.add_argument("--splits", type=int, help="only the first so many splits (folds), for a quick look; None: all, which is what "
-                        "published numbers are means over")
-    parser.add_argument("--out", help="JSON file of the rows; without it beside the first checkpoint, or under runs/")
-    parser.add_argument("--seed", type=int, default=0, help="of the random initialisation, the few-shot draws and the bootstrap")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are computed")
-    return parser
-
-
-def open_sets(args, task):
-    """The labelled set of --data and that of --generalise (None where there is none), of the same classes."""
-    with one_sentence():
-        root = pathlib.Path(args.data or synthetic.ensure())
-        labelled = data.open_labelled(root, task)
-        if args.splits is not None and args.splits < 1:
-            raise ValueError(f"--splits {args.splits}: at least one split must be left")
-        labelled = dataclasses.replace(labelled, splits=labelled.splits[:args.splits])
-        other = args.generalise or (None if args.data else root / "scope2")
-        other = data.open_labelled(other, task) if other else None
-        if task != "polyps" and len(labelled.classes) < 2:
-            raise ValueError(f"{root}: expected two or more classes for {task}, found {', '.join(labelled.classes)} alone")
-        for k, split in enumerate(labelled.splits):
-            counts = [len(split.train), len(split.val), len(split.test)]
-            if not all(counts):
-                raise ValueError(f"{labelled.name}: split {k} has {counts} training, validation and test frames; each must have some")
-        if other and other.classes != labelled.classes:
-            raise ValueError(f"--generalise: expected the classes {labelled.classes}, found {other.classes}")
-    return labelled, other
-
-
-def report(args, title, rows, labelled, other, metric, task):
-    """Complete the rows with their provenance, print the tables and confusion matrices, write the JSON."""
-    split = labelled.splits[0]
-    about = {"data": labelled.name, "split": f"{len(labelled.splits)} (first: {len(split.train)} training, {len(split.val)} validation, "
-             f"{len(split.test)} test frames)", "metric": metric, "frames": len(labelled.paths), "groups": len(set(labelled.groups)),
-             "unrelated data": other and f"{other.name}: {len(other.paths)} frames, {len(set(other.groups))} groups",
-             "pixels": args.size, "seed": args.seed, "paper value": "not available"}
-    rows = [row | about for row in rows]
-    print(f"\n## {title}\n\n" + "\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
-    for table, caption in (("results", "Results"), ("few-shot", "A few labelled frames per class"),
-                           ("difference", "Checkpoint minus random initialisation, 95 % interval over groups")):
-        chosen = [row for row in rows if row["table"] == table]
-        if chosen:
-            print(f"\n### {caption}\n\n{markdown_table(chosen, hidden={'table', 'step', 'draws', *about})}")
-    for row in rows:
-        if "confusion" in row and row["head"] != "none":
-            print(f"\nConfusion, {row['backbone']}, {row['head']}, {row['tested on']} (rows true, columns predicted, summed over splits):\n")
-            print(markdown_table([{"true": c} | dict(zip(labelled.classes, n)) for c, n in zip(labelled.classes, row["confusion"])]))
-    first = pathlib.Path(args.checkpoints[0]) if args.checkpoints else pathlib.Path("runs/random.pt")
-    path = args.out or first.with_suffix(f".{task}.json")
-    write_rows(rows, path)
-    print(f"\nrows: {path}")
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------

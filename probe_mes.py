@@ -15,11 +15,12 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
+import figures
 import vit
-from probe_classify import (FEW_SHOT, GRID, accuracy, arguments, confusion, evaluate, extract, knn_head, linear_head, macro_f1,
-                            markdown_table, minimise, one_sentence, open_sets, report, standardised_input, whitening)
+from frozen import arguments, extract, markdown_table, one_sentence, open_sets, report
+from probe_classify import (FEW_SHOT, GRID, accuracy, confusion, evaluate, knn_head, linear_head, macro_f1, minimise,
+                            standardised_input, whitening)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,84 +153,8 @@ def online_score(model, labelled, device, size=224):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures, drawn at twice the size and reduced, which smooths their edges
+# The two figures
 
-INK, GRID_INK, BLUE, ORANGE = "#222222", "#dddddd", "#1f5fa8", "#d1600a"
-SCALE = 2
-
-
-def text(draw, xy, words, size=15, anchor="mm", ink=INK):
-    draw.text([SCALE * v for v in xy], words, fill=ink, font=ImageFont.load_default(SCALE * size), anchor=anchor)
-
-
-def line(draw, points, ink=INK, width=1):
-    draw.line([(SCALE * x, SCALE * y) for x, y in points], fill=ink, width=SCALE * width, joint="curve")
-
-
-def ticks(low, high, most=6):
-    """At most `most` round values (1, 2 or 5 times a power of ten apart) that lie in low..high."""
-    rough = max(high - low, 1e-9) / most
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # no -0
-
-
-def axes(draw, box, x_range, y_range, label, x_words=None):
-    """Frame, ticks and title of a panel in box (left, top, right, bottom), ticks at x_words {x: words} or at round numbers;
-    returns the function (x, y) -> position.
-    """
-    left, top, right, bottom = box
-
-    def place(x, y):
-        return (left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left),
-                bottom - (y - y_range[0]) / (y_range[1] - y_range[0]) * (bottom - top))
-
-    for y in ticks(*y_range):
-        line(draw, [(left, place(0, y)[1]), (right, place(0, y)[1])], GRID_INK)
-        text(draw, (left - 8, place(0, y)[1]), f"{y:,.10g}", anchor="rm")
-    for x, words in (x_words or {x: f"{x:,.0f}" for x in ticks(*x_range)}).items():
-        line(draw, [(place(x, 0)[0], bottom), (place(x, 0)[0], bottom + 5)])
-        text(draw, (place(x, 0)[0], bottom + 18), words)
-    line(draw, [(left, top), (left, bottom), (right, bottom)])
-    text(draw, (left, top - 18), label, size=16, anchor="lm")
-    return place
-
-
-def canvas(width, height):
-    image = Image.new("RGB", (SCALE * width, SCALE * height), "white")
-    return image, ImageDraw.Draw(image)
-
-
-def save_figure(image, path):
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width // SCALE, image.height // SCALE), Image.LANCZOS).save(path)
-    print(f"figure: {path}")
-
-
-def padded(values):
-    """The range of the values with a tenth of room on both sides."""
-    low, high = min(values), max(values)
-    room = 0.1 * (high - low) or 0.1
-    return low - room, high + room
-
-
-def draw_curve(losses, online, exported, path, title):
-    """Figure 1 as two panels over one step axis. Each argument: a list of (step, value)."""
-    image, draw = canvas(820, 620)
-    steps = 0, 1.02 * max(max(step for step, _ in losses + online + exported), 1)
-    text(draw, (410, 22), title, size=18)
-    place = axes(draw, (80, 80, 790, 290), steps, padded([v for _, v in losses]), "total pre-training loss")
-    line(draw, [place(*p) for p in losses], BLUE, 2)
-    place = axes(draw, (80, 350, 790, 560), steps, padded([v for _, v in online + exported]), "quadratic weighted kappa, validation groups")
-    for points, ink, name, x in ((online, BLUE, "online probe", 520), (exported, ORANGE, "exported teachers", 645)):
-        if points:
-            line(draw, [place(*p) for p in points], ink, 2)
-            for px, py in [place(*p) for p in points] + [(x - 8, 332)]:
-                draw.ellipse([SCALE * (px - 4), SCALE * (py - 4), SCALE * (px + 4), SCALE * (py + 4)], fill=ink)
-            text(draw, (x, 332), name, anchor="lm", ink=ink)
-    text(draw, (435, 602), "step", size=16)
-    save_figure(image, path)
 
 
 def curve(run, labelled, device, size, out):
@@ -250,7 +175,7 @@ def curve(run, labelled, device, size, out):
         raise SystemExit(f"--curve {run}: {len(losses)} logged losses, {len(online)} online probes and {len(rows)} exported teachers; the "
                          "figure needs losses and one of the other two (pretrain.py --probe-every, --export-every)")
     print(f"{labelled.name}: validation groups of split 0, paper value not available\n\n{markdown_table(rows)}")
-    draw_curve(losses, online, [(r["step"], r["kappa"]) for r in rows], out or run / "curve.png", f"{run.name}: {labelled.name}")
+    figures.draw_curve(losses, online, [(r["step"], r["kappa"]) for r in rows], out or run / "curve.png", f"{run.name}: {labelled.name}")
     return rows
 
 
@@ -258,15 +183,7 @@ def histogram(labelled, out):
     """Figure 2: frames per class."""
     count = np.bincount(labelled.labels, minlength=len(labelled.classes))
     rows = [{"class": c, "frames": int(n), "share": float(n / count.sum())} for c, n in zip(labelled.classes, count)]
-    image, draw = canvas(820, 520)
-    text(draw, (410, 22), f"{labelled.name}: {count.sum():,} frames", size=18)
-    names = {i + 0.5: c for i, c in enumerate(labelled.classes)}
-    place = axes(draw, (90, 80, 790, 460), (0, len(count)), (0, 1.12 * max(count.max(), 1)), "frames per class", names)
-    for x, row in zip(names, rows):
-        (left, top), (right, bottom) = place(x - 0.3, row["frames"]), place(x + 0.3, 0)
-        draw.rectangle([SCALE * left, SCALE * top, SCALE * right, SCALE * bottom], fill=BLUE)
-        text(draw, ((left + right) / 2, top - 12), f"{row['frames']:,} ({row['share']:.1%})")
-    save_figure(image, out or "runs/mes_histogram.png")
+    figures.draw_bars(labelled.classes, count.tolist(), out or "runs/mes_histogram.png", f"{labelled.name}: {count.sum():,} frames")
     print(markdown_table(rows))
     return rows
 

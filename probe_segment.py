@@ -20,14 +20,15 @@ import shutil
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import data
+import figures
 import vit
-from probe_classify import (architecture, arguments, backbones, bootstrap_interval, fingerprint, markdown_table, one_sentence,
-                            open_sets, write_rows)
+from frozen import (architecture, arguments, backbones, bootstrap_interval, fingerprint, markdown_table, one_sentence,
+                    open_sets, write_rows)
 
 HEADS = {"linear": "linear", "boosted": "boosted linear", "dpt": "DPT"}
 LEARNING_RATES = {"linear": (1e-3, 1e-2), "boosted": (1e-3, 1e-2), "dpt": (2e-4, 1e-3)}  # the validation frames choose
@@ -335,36 +336,6 @@ def prior(masks, val_masks):
     return mean + 0.5 - cuts[int(np.argmax(dice))]
 
 
-def outlined(image, mask, colour, height=240):
-    """The frame at `height` pixels with the border of a (H, W) mask drawn on it."""
-    size = (round(image.width * height / image.height), height)
-    area = Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-    border = np.array(area.filter(ImageFilter.MaxFilter(3))) != np.array(area.filter(ImageFilter.MinFilter(3)))
-    tile = np.array(image.resize(size, Image.Resampling.BICUBIC))
-    tile[border] = colour
-    return Image.fromarray(tile)
-
-
-def panels(path, frames, masks, preds, dice, each=2):
-    """Figure 3 as a PNG: frame, ground truth (cyan), prediction (yellow); the worst, the median and the best `each` by Dice."""
-    order, middle = np.argsort(dice, kind="stable"), max(len(dice) - each, 0) // 2
-    picks = dict.fromkeys([*order[:each], *order[middle : middle + each], *order[-each:]])
-    rows = []
-    for i in picks:
-        image = data.read_image(frames[i])
-        empty = torch.zeros_like(masks[i])
-        tiles = [outlined(image, m, c) for m, c in ((empty, 0), (masks[i], (0, 255, 255)), (preds[i], (255, 230, 0)))]
-        strip = Image.new("RGB", (sum(t.width + 4 for t in tiles), tiles[0].height + 16))
-        for k, tile in enumerate(tiles):
-            strip.paste(tile, (k * (tile.width + 4), 16))
-        ImageDraw.Draw(strip).text((2, 2), f"Dice {dice[i]:.3f}   {pathlib.Path(frames[i]).stem}   frame | truth | prediction", fill="white")
-        rows.append(strip)
-    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)))
-    for r, top in zip(rows, np.cumsum([0] + [r.height for r in rows])):
-        sheet.paste(r, (0, int(top)))
-    sheet.save(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -407,7 +378,7 @@ def test_head(predicted, test_set, rows, path):
         preds.append(pred)
     scores = np.array(scores)
     if path:
-        panels(path, frames, masks, preds, scores[:, 0])
+        figures.panels(path, frames, masks, preds, scores[:, 0])
     return scores
 
 

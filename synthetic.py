@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 LANDMARKS = {  # folder name -> (tract, name in the official csv)
@@ -554,33 +554,6 @@ def ensure(root="data/synthetic", videos=40, frames=20, scale=1.0, size=256, see
     return root
 
 
-def sheet(root, path, size=112, columns=6):
-    """A contact sheet of the set under root: landmarks, Mayo grades, outlined polyps, one video, the second scope."""
-    def spread(folder, n):  # n frames, as many patients as there are, the same at every call
-        files = sorted(f for f in (root / folder).rglob("*.*") if f.suffix in (".jpg", ".bmp"))
-        return [files[(2 * i + 1) * len(files) // (2 * n)] for i in range(n)]
-    places = {name: f"hyper-kvasir/labeled-images/{tract}-gi-tract/anatomical-landmarks/{name}"
-              for name, (tract, _) in LANDMARKS.items()}
-    places |= {f"Mayo {g}": f"LIMUC/train_and_validation_sets/Mayo {g}" for g in range(4)}
-    cells = [(name, f) for name, folder in places.items() for f in spread(folder, columns // 2)]
-    cells += [("polyps, outlined", f) for f in spread("Kvasir-SEG/images", columns)]
-    cells += [("a video", f) for f in spread("unlabelled/video0000", columns)]
-    cells += [("the second scope, landmarks as above", spread(f"scope2/{places[name]}", 1)[0]) for name in list(LANDMARKS)[:columns]]
-    rows, high = -(-len(cells) // columns), size + 14
-    page = Image.new("RGB", (columns * size, rows * high), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (caption, file) in enumerate(cells):
-        x, y = i % columns * size, i // columns * high
-        if x == 0 or cells[i - 1][0] != caption:
-            draw.text((x + 2, y + 1), caption, fill="black")
-        frame = Image.open(file).convert("RGB")
-        if "Kvasir-SEG" in file.parts:
-            mask = Image.open(file.parents[1] / "masks" / file.name).convert("L").point(lambda v: 255 * (v > 127))
-            frame.paste("white", mask=ImageChops.difference(mask, mask.filter(ImageFilter.MinFilter(5))))
-        page.paste(frame.resize((size, size), Image.LANCZOS), (x, y + 14))
-    page.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", default="data/synthetic", help="folder to make (default: %(default)s)")
@@ -599,7 +572,8 @@ def main(argv=None):
     if json.loads((root / "made_by.json").read_text()) != asked:
         raise SystemExit(f"{root} holds a set made with other flags ({root / 'made_by.json'}): name another folder")
     if args.sheet:
-        sheet(root, args.sheet)
+        import figures  # lazily: the frames need no pictures of themselves
+        figures.synthetic_set(root, args.sheet)
 
 
 if __name__ == "__main__":

@@ -414,57 +414,8 @@ def class_attention(model, images):
     return scores.softmax(-1)[..., 1 + model.registers :]
 
 
-def principal_colours(tokens):
-    """The three principal components of the tokens (n, D) as red, green and blue in [0, 1]: (n, 3). Like features, like colours."""
-    tokens = tokens - tokens.mean(0)
-    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)                 # (D, 3), the largest first
-    components = tokens @ (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign())  # their sign is arbitrary: fix it
-    low, high = components.quantile(torch.tensor([0.01, 0.99], device=tokens.device), dim=0)
-    return ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-
-
-def heat(attention):
-    """Maps (..., h, w) -> (..., 3, h, w): black over red and yellow to white, from the weakest to the strongest hundredth of each map."""
-    low, high = attention.flatten(-2).quantile(torch.tensor([0.01, 0.99], device=attention.device), dim=-1)[..., None, None]
-    level = 3 * (attention - low) / (high - low).clamp(min=1e-12)
-    return torch.stack([level, level - 1, level - 2], dim=-3).clamp(0, 1)
-
-
-@torch.no_grad()
-def show(model, paths, out, size=518, tile=280):
-    """Write a PNG with one row per image: the image with its longer side at `size` px, its patch tokens' principal components
-    (of all images together), and the class token's attention in the last block, averaged over the heads and of each head."""
-    from PIL import Image, ImageDraw
-    from torchvision.transforms.v2 import functional as TF
-    from torchvision.utils import make_grid
-
-    p, device, rows, tokens = model.patch_size, model.pos_embed.device, [], []
-    for path in paths:
-        with Image.open(path) as picture:
-            w, h = (max(round(side * size / max(picture.size) / p), 1) for side in picture.size)
-            pixels = TF.to_image(picture.convert("RGB").resize((w * p, h * p), Image.Resampling.BICUBIC)) / 255     # (3, H, W)
-        images = TF.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None].to(device)                # ImageNet's
-        attention = class_attention(model, images)[0].unflatten(-1, (h, w))                                         # (nh, h, w)
-        side = math.ceil(math.sqrt(model.heads))
-        heads = torch.cat([heat(attention), torch.ones(side**2 - model.heads, 3, h, w, device=device)])             # a square of maps
-        rows.append([pixels, None, heat(attention.mean(0)), make_grid(heads, nrow=side, padding=1, pad_value=1)])
-        tokens.append(model(images)["patches"][0])                                                                  # (N, D)
-    colours = principal_colours(torch.cat(tokens)).split([len(t) for t in tokens])
-    titles = "image", "patch tokens: 3 principal components", "class token's attention: mean", f"... of each of {model.heads} heads"
-    heights = [round((tile - 4) * row[0].shape[1] / max(row[0].shape[1:])) for row in rows]
-    sheet = Image.new("RGB", (tile * len(titles), 16 + sum(heights) + 4 * len(rows)), "white")
-    for x, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((tile * x + 4, 2), title, fill="black")
-    for y, (row, colour, height) in enumerate(zip(rows, colours, heights)):
-        H, W = row[0].shape[1:]
-        row[1] = colour.T.unflatten(1, (H // p, W // p))                                                            # (3, h, w)
-        for x, pixels in enumerate(row):
-            picture = TF.to_pil_image(pixels.cpu()).resize((round(height * W / H), height), Image.Resampling.NEAREST if x else None)
-            sheet.paste(picture, (tile * x + 2, 16 + sum(heights[:y]) + 4 * y))
-    sheet.save(out)
-
-
 def main(argv=None):
+    import figures  # lazily: the model needs no pictures
     parser = argparse.ArgumentParser(description="What a backbone sees in images: patch tokens as colours, the class token's attention.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", help="teacher_<step>.pt, best.pt, a released DINOv2 file or a DINOv2 training checkpoint")
@@ -473,7 +424,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=518, help="px of the longer side, as the network gets it; more shows finer detail")
     args = parser.parse_args(argv)
     try:
-        show(load_backbone(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu"), args.images, args.show, args.size)
+        figures.tokens(load_backbone(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu"), args.images, args.show, args.size)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(f"wrote {args.show}")

@@ -15,6 +15,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V2
 
+import augment
 import bench
 import data
 
@@ -48,8 +49,8 @@ def folder(tmp_path_factory):
 
 
 def steps(multicrop, sampler, masks=None, workers=0):
-    masks = masks or data.BlockMasks((4, 4), sampler.batch * sampler.world, multicrop.seed)
-    return list(data.loader(multicrop, sampler, masks, workers))
+    masks = masks or augment.BlockMasks((4, 4), sampler.batch * sampler.world, multicrop.seed)
+    return list(augment.loader(multicrop, sampler, masks, workers))
 
 
 def same(a, b):
@@ -170,7 +171,7 @@ def test_boxes_are_distributed_as_torchvisions():
     for scale in ((0.32, 1.0), (0.05, 0.32)):
         theirs = np.array([T.RandomResizedCrop.get_params(torch.empty(3, height, width), scale, (3 / 4, 4 / 3)) for _ in range(n)], float)
         rng = np.random.default_rng(0)
-        ours = np.array([data.crop_box(rng.random(40), width, height, scale) for _ in range(n)], float)
+        ours = np.array([augment.crop_box(rng.random(40), width, height, scale) for _ in range(n)], float)
         for a, b in zip(features(ours), features(theirs)):
             grid = np.sort(np.concatenate([a, b]))
             apart = np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max() / n
@@ -187,9 +188,9 @@ def test_boxes_fit_into_frames_of_any_shape():
     rng = np.random.default_rng(0)
     for width, height in ((1, 1), (3, 200), (200, 3), (2, 1), (31, 30)):
         for _ in range(50):
-            top, left, h, w = data.crop_box(rng.random(40), width, height, (0.05, 0.32))
+            top, left, h, w = augment.crop_box(rng.random(40), width, height, (0.05, 0.32))
             assert 0 <= top and 0 <= left and 1 <= h <= height - top and 1 <= w <= width - left
-    assert data.crop_box(np.ones(40), 3, 200, (0.05, 0.32)) == (98, 0, 4, 3)  # no attempt fits: the middle, of aspect 3 / 4
+    assert augment.crop_box(np.ones(40), 3, 200, (0.05, 0.32)) == (98, 0, 4, 3)  # no attempt fits: the middle, of aspect 3 / 4
 
 
 def test_crops_equal_pils_to_one_grey_level(tmp_path):
@@ -197,11 +198,11 @@ def test_crops_equal_pils_to_one_grey_level(tmp_path):
     flipped = 0
     for name in ("a.jpg", "b.png"):
         image = Image.open(save(tmp_path / name, picture(3, 540, 700), quality=92)).convert("RGB")
-        multicrop = data.MultiCrop(data.Frames(tmp_path), global_size=98, local_size=42, exact_decode=True)
+        multicrop = augment.MultiCrop(data.Frames(tmp_path), global_size=98, local_size=42, exact_decode=True)
         for epoch in range(3):
             frame = int(name == "b.png")
-            crops, _ = multicrop.crops(frame, data.stream(0, data.CROPS, epoch, frame))
-            boxes, flips, _ = multicrop.draw(data.stream(0, data.CROPS, epoch, frame), *image.size)
+            crops, _ = multicrop.crops(frame, augment.stream(0, augment.CROPS, epoch, frame))
+            boxes, flips, _ = multicrop.draw(augment.stream(0, augment.CROPS, epoch, frame), *image.size)
             flipped += flips.sum()
             for crop, (top, left, h, w), flip, size in zip(crops, boxes, flips, multicrop.sizes, strict=True):
                 theirs = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
@@ -214,7 +215,7 @@ def test_crops_equal_pils_to_one_grey_level(tmp_path):
 @pytest.mark.parametrize("name, factor", [("a.jpg", 2), ("a.jpg", 4), ("a.png", 2)])
 def test_reduced_decoding_is_close_and_happens(tmp_path, name, factor):
     save(tmp_path / name, picture(4, 300 * factor, 380 * factor), quality=92)
-    multicrop = data.MultiCrop(data.Frames(tmp_path), global_size=126, local_size=56)
+    multicrop = augment.MultiCrop(data.Frames(tmp_path), global_size=126, local_size=56)
     factors, mean, at_99, *_ = bench.reduced_error(multicrop)
     assert factors == f"{factor}: 1" and float(mean) < 0.5 and int(at_99) <= 2
 
@@ -223,7 +224,7 @@ def test_a_frame_without_room_is_decoded_whole(folder, monkeypatch):
     seen, decode = [], data.decode
     monkeypatch.setattr(data, "decode", lambda image, factor=1: seen.append(factor) or decode(image, factor))
     for exact, sizes in ((False, dict(global_size=112)), (True, SMALL), (False, dict(global_size=14, local_size=7))):
-        data.MultiCrop(data.Frames(folder), exact_decode=exact, **sizes)[[(0, 0, 0, 0)]]
+        augment.MultiCrop(data.Frames(folder), exact_decode=exact, **sizes)[[(0, 0, 0, 0)]]
     assert seen[:2] == [1, 1] and seen[2] > 1
 
 
@@ -239,8 +240,8 @@ def uniform(values, low, high):
 
 def drawn(n=20_000, **options):
     """Colour parameters of n frames: (n, 4, 11), two global and two local crops."""
-    multicrop = data.MultiCrop(None, local_crops=2, **options)
-    rng = data.stream(0, data.CROPS)
+    multicrop = augment.MultiCrop(None, local_crops=2, **options)
+    rng = augment.stream(0, augment.CROPS)
     return np.stack([multicrop.colour(u) for u in rng.random((n, 4, 13))])
 
 
@@ -250,24 +251,24 @@ def test_colour_parameters_have_dinov2s_distribution():
     near = lambda share, p: abs(share - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-12  # noqa: E731
     for view, (blur, solarize) in enumerate(((0, 0), (0.9, 0.2), (0.5, 0), (0.5, 0))):
         c = colour[:, view]
-        jitter = (c[:, :4] != data.IDENTITY).any(1)
+        jitter = (c[:, :4] != augment.IDENTITY).any(1)
         assert near(jitter.mean(), 0.8)
         for column, low, high in ((0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.8, 1.2), (3, -0.1, 0.1)):
             uniform(c[jitter, column], low, high)
         orders = Counter(map(tuple, c[jitter, 4:8].astype(int)))
         assert len(orders) == 24 and all(abs(k - jitter.sum() / 24) < 5 * math.sqrt(jitter.sum() / 24) for k in orders.values())
-        assert near((c[:, data.GRAYSCALE] > 0).mean(), 0.2) and near((c[:, data.SOLARIZE] > 0).mean(), solarize)
-        assert near((c[:, data.SIGMA] > 0).mean(), blur)
+        assert near((c[:, augment.GRAYSCALE] > 0).mean(), 0.2) and near((c[:, augment.SOLARIZE] > 0).mean(), solarize)
+        assert near((c[:, augment.SIGMA] > 0).mean(), blur)
         if blur:
-            uniform(c[c[:, data.SIGMA] > 0, data.SIGMA], 0.1, 2)
+            uniform(c[c[:, augment.SIGMA] > 0, augment.SIGMA], 0.1, 2)
     pairs = np.corrcoef(colour.reshape(n, -1)[:, [0, 3, 8, 11, 14, 19, 20, 21, 31]].T) - np.eye(9)  # crops are drawn apart
     assert np.abs(pairs).max() < 0.04
 
 
 def test_switches_of_the_colours():
-    assert [round((drawn(4000, blur="as-written")[:, v, data.SIGMA] > 0).mean(), 1) for v in range(3)] == [1.0, 0.1, 0.5]
+    assert [round((drawn(4000, blur="as-written")[:, v, augment.SIGMA] > 0).mean(), 1) for v in range(3)] == [1.0, 0.1, 0.5]
     plain = drawn(1000)
-    for option, column in (("hue", data.HUE), ("grayscale", data.GRAYSCALE), ("solarize", data.SOLARIZE)):
+    for option, column in (("hue", augment.HUE), ("grayscale", augment.GRAYSCALE), ("solarize", augment.SOLARIZE)):
         off = drawn(1000, **{option: False})
         assert (off[..., column] == 0).all() and (plain[..., column] != 0).any()
         assert np.array_equal(np.delete(off, column, -1), np.delete(plain, column, -1))  # and nothing else changes
@@ -276,9 +277,9 @@ def test_switches_of_the_colours():
 def parameters(n, **columns):
     """(n, 11) parameters that change nothing but the named columns."""
     colour = torch.zeros(n, 11)
-    colour[:, :4], colour[:, 4:8] = torch.tensor(data.IDENTITY), torch.arange(4.0)
+    colour[:, :4], colour[:, 4:8] = torch.tensor(augment.IDENTITY), torch.arange(4.0)
     for column, values in columns.items():
-        colour[:, getattr(data, column)] = torch.as_tensor(values, dtype=torch.float32)
+        colour[:, getattr(augment, column)] = torch.as_tensor(values, dtype=torch.float32)
     return colour
 
 
@@ -297,7 +298,7 @@ def test_each_operation_is_torchvisions(name):
     values = torch.linspace(low, high, 8)
     values[5] = dict(GRAYSCALE=0, SOLARIZE=0, SIGMA=0, HUE=0).get(name, 1)  # this one is left alone
     ours = x.clone()
-    data.photometric(ours, parameters(8, **{name: values}))
+    augment.photometric(ours, parameters(8, **{name: values}))
     for i, value in enumerate(values.tolist()):
         expected = x[i] if i == 5 else theirs(x[i], value)
         torch.testing.assert_close(ours[i], expected, atol=2e-5 if name == "HUE" else 2e-6, rtol=0)
@@ -308,24 +309,24 @@ def test_batched_jitter_is_torchvisions_in_each_samples_own_order():
     """All of the second half: jitter in its drawn order, grayscale, blur, solarize, normalise."""
     crops = torch.randint(0, 256, (48, 3, 33, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rng = np.random.default_rng(1)
-    colour = torch.from_numpy(data.draw_colour(rng.random((48, 13)), np.full(48, 0.5), np.full(48, 0.3)))
-    ours = data.distort(crops, colour)
+    colour = torch.from_numpy(augment.draw_colour(rng.random((48, 13)), np.full(48, 0.5), np.full(48, 0.3)))
+    ours = augment.distort(crops, colour)
     chain = list(OPERATIONS.values())[:4]
     for crop, row, result in zip(crops, colour.tolist(), ours):
         x = crop.float() / 255
         for op in map(int, row[4:8]):
-            if row[op] != data.IDENTITY[op]:
+            if row[op] != augment.IDENTITY[op]:
                 x = chain[op][1](x, row[op])
         for column in ("GRAYSCALE", "SIGMA", "SOLARIZE"):
-            if row[getattr(data, column)]:
-                x = OPERATIONS[column][1](x, row[getattr(data, column)])
+            if row[getattr(augment, column)]:
+                x = OPERATIONS[column][1](x, row[getattr(augment, column)])
         x = V2.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         apart = (result - x).abs()
         assert (apart > 1e-3).float().mean() < 2e-3  # a value at the threshold of solarize may fall on either side
         assert apart.median() < 1e-5
     assert len({tuple(row[4:8]) for row in colour.tolist()}) > 15
     whole = crops.float() / 255
-    data.photometric(whole, colour)  # all samples in one call, as on a GPU
+    augment.photometric(whole, colour)  # all samples in one call, as on a GPU
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     torch.testing.assert_close((whole - mean) / std, ours, atol=1e-5, rtol=0)
 
@@ -336,12 +337,12 @@ def test_crops_look_like_those_of_torchvisions_transforms(tmp_path):
     for i in range(2):
         save(tmp_path / f"{i}.png", picture(10 + i))
     frames = data.Frames(tmp_path)
-    multicrop = data.MultiCrop(frames, seed=3)
+    multicrop = augment.MultiCrop(frames, seed=3)
     torch.manual_seed(0)
     classical = bench.pil_multicrop()
     theirs = [classical(frames.path(k % 2)) for k in range(n)]
-    batch = data.collate(multicrop[[(0, k, k, k % 2) for k in range(n)]], data.BlockMasks((16, 16), n))
-    crops = data.augment(batch, "cpu")
+    batch = augment.collate(multicrop[[(0, k, k, k % 2) for k in range(n)]], augment.BlockMasks((16, 16), n))
+    crops = augment.augment(batch, "cpu")
     first, second = crops["global_crops"].split(n)
     for name, ours, his in (("global 1", first, [t[0] for t in theirs]), ("global 2", second, [t[1] for t in theirs]),
                             ("local", crops["local_crops"], [crop for t in theirs for crop in t[2:]])):
@@ -361,10 +362,10 @@ def looks(crops):
 @pytest.mark.parametrize("side, n, short", [(16, 1600, 0.07), (37, 320, 0.13)])
 def test_masks_are_dinov2s(side, n, short):
     """The i-th of a batch's masks is asked for what linspace says; how many patches that gives is known of DINOv2's."""
-    masks = data.BlockMasks((side, side), 16, seed=1)
+    masks = augment.BlockMasks((side, side), 16, seed=1)
     counts = np.array([masks.one(0, k, k % 16).sum() for k in range(n)])
     bounds = [masks.bounds[k % 16:k % 16 + 2] for k in range(n)]
-    asked = np.array([int(side * side * data.stream(1, data.MASK, 0, k).uniform(*bounds[k])) for k in range(n)])
+    asked = np.array([int(side * side * augment.stream(1, augment.MASK, 0, k).uniform(*bounds[k])) for k in range(n)])
     assert (np.diff(masks.bounds) > 0.4 / 17).all() and masks.bounds[[0, -1]].tolist() == [0.1, 0.5] and len(masks.bounds) == 17
     assert (0 < counts).all() and (counts <= asked).all()
     assert abs((counts < asked).mean() - short) < 4 * math.sqrt(short * (1 - short) / n) + 0.005
@@ -373,7 +374,7 @@ def test_masks_are_dinov2s(side, n, short):
 
 
 def test_half_of_the_global_crops_of_a_step_are_masked():
-    masks = data.BlockMasks((16, 16), 16, seed=1)
+    masks = augment.BlockMasks((16, 16), 16, seed=1)
     steps = [masks(step, range(16)) for step in range(20)]
     assert all(m.shape == (32, 256) and m.dtype == torch.bool and m.any(1).sum() == 16 for m in steps)
     assert abs(torch.stack(steps).float().mean() - 0.149) < 0.004
@@ -388,7 +389,7 @@ def test_blocks_are_blocks():
     rng, shapes = np.random.default_rng(0), []
     for _ in range(1000):
         mask = np.zeros((16, 12), bool)
-        added = data.add_block(mask, 80, rng)
+        added = augment.add_block(mask, 80, rng)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         shapes.append((len(rows), len(columns)))
         assert 0 < added == mask.sum() == len(rows) * len(columns) <= 80 and len(rows) < 16 and len(columns) < 12
@@ -403,9 +404,9 @@ def test_a_block_adds_no_more_than_is_left():
     for left in (1, 2, 3, 17):
         mask = np.zeros((16, 16), bool)
         mask[4:12, 4:12] = True
-        added = [data.add_block(mask, left, rng) for _ in range(20)]
+        added = [augment.add_block(mask, left, rng) for _ in range(20)]
         assert max(added) <= left and mask.sum() == 64 + sum(added)
-    assert data.add_block(np.ones((16, 16), bool), 5, rng) == 0
+    assert augment.add_block(np.ones((16, 16), bool), 5, rng) == 0
 
 
 # ------------------------------------------------------------------------------------------------- order, repetition, resume
@@ -413,26 +414,26 @@ def test_a_block_adds_no_more_than_is_left():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
 @pytest.mark.parametrize("workers", (1, 3))
 def test_batches_do_not_depend_on_the_number_of_workers(folder, workers):
-    multicrop = data.MultiCrop(data.Frames(folder), seed=5, **SMALL)
-    sampler = data.EpochSampler(12, 5, seed=5, stop=4)  # into the second epoch
+    multicrop = augment.MultiCrop(data.Frames(folder), seed=5, **SMALL)
+    sampler = augment.EpochSampler(12, 5, seed=5, stop=4)  # into the second epoch
     alone, many = steps(multicrop, sampler), steps(multicrop, sampler, workers=workers)
     assert len(alone) == len(many) == 4 and all(same(a, b) for a, b in zip(alone, many))
-    assert all(torch.equal(data.augment(a, "cpu")["local_crops"], data.augment(b, "cpu")["local_crops"]) for a, b in zip(alone, many))
+    assert all(torch.equal(augment.augment(a, "cpu")["local_crops"], augment.augment(b, "cpu")["local_crops"]) for a, b in zip(alone, many))
 
 
 def test_a_run_goes_on_from_any_step(folder):
-    multicrop = data.MultiCrop(data.Frames(folder), seed=5, **SMALL)
-    whole = steps(multicrop, data.EpochSampler(12, 5, seed=5, stop=6))
+    multicrop = augment.MultiCrop(data.Frames(folder), seed=5, **SMALL)
+    whole = steps(multicrop, augment.EpochSampler(12, 5, seed=5, stop=6))
     for start in (1, 4):
-        rest = steps(multicrop, data.EpochSampler(12, 5, seed=5, start=start, stop=6), workers=1)
+        rest = steps(multicrop, augment.EpochSampler(12, 5, seed=5, start=start, stop=6), workers=1)
         assert len(rest) == 6 - start and all(same(a, b) for a, b in zip(whole[start:], rest))
     assert len({b["masks"].numpy().tobytes() for b in whole}) == len({b["global"].numpy().tobytes() for b in whole}) == 6
 
 
 def test_two_processes_see_the_batch_of_one(folder):
-    multicrop = data.MultiCrop(data.Frames(folder), seed=5, **SMALL)
-    one = steps(multicrop, data.EpochSampler(12, 4, seed=5, stop=4))
-    two = [steps(multicrop, data.EpochSampler(12, 2, seed=5, rank=rank, world=2, stop=4)) for rank in range(2)]
+    multicrop = augment.MultiCrop(data.Frames(folder), seed=5, **SMALL)
+    one = steps(multicrop, augment.EpochSampler(12, 4, seed=5, stop=4))
+    two = [steps(multicrop, augment.EpochSampler(12, 2, seed=5, rank=rank, world=2, stop=4)) for rank in range(2)]
     for whole, *parts in zip(one, *two):
         assert torch.equal(whole["index"], torch.cat([p["index"] for p in parts]))
         for key in ("global", "local", "global_colour", "local_colour", "masks"):
@@ -443,29 +444,29 @@ def test_two_processes_see_the_batch_of_one(folder):
 
 def test_crops_differ_by_epoch_frame_crop_and_seed(folder):
     frames = data.Frames(folder)
-    batch = data.MultiCrop(frames, **SMALL)[[(0, 0, 0, 0), (0, 1, 1, 0), (0, 2, 0, 1)]]
-    other = data.MultiCrop(frames, seed=1, **SMALL)[[(0, 0, 0, 0)]]
+    batch = augment.MultiCrop(frames, **SMALL)[[(0, 0, 0, 0), (0, 1, 1, 0), (0, 2, 0, 1)]]
+    other = augment.MultiCrop(frames, seed=1, **SMALL)[[(0, 0, 0, 0)]]
     seen = [*batch["local"], *other["local"]]
     assert len({crop.numpy().tobytes() for crop in seen}) == len(seen) == 12
     assert len({row.numpy().tobytes() for row in torch.cat([batch["global_colour"], batch["local_colour"], other["local_colour"]])}) == 18
 
 
 def test_a_batch_has_the_promised_shapes(folder):
-    multicrop, masks = data.MultiCrop(data.Frames(folder), **SMALL), data.BlockMasks((4, 4), 2)
-    batch, = steps(multicrop, data.EpochSampler(12, 2, stop=1), masks)
+    multicrop, masks = augment.MultiCrop(data.Frames(folder), **SMALL), augment.BlockMasks((4, 4), 2)
+    batch, = steps(multicrop, augment.EpochSampler(12, 2, stop=1), masks)
     assert batch["global"].shape == (4, 3, 56, 56) and batch["local"].shape == (6, 3, 28, 28) and batch["global"].dtype == torch.uint8
-    out = data.augment(batch, "cpu")
+    out = augment.augment(batch, "cpu")
     assert out["global_crops"].shape == (4, 3, 56, 56) and out["local_crops"].shape == (6, 3, 28, 28) and out["masks"].shape == (4, 16)
     assert out["global_crops"].dtype == torch.float32 and out["masks"].dtype == torch.bool
-    none = data.MultiCrop(data.Frames(folder), global_size=56, local_size=28, local_crops=0)
-    batch, = steps(none, data.EpochSampler(12, 2, stop=1), masks)
-    assert data.augment(batch, "cpu")["global_crops"].shape == (4, 3, 56, 56) and len(batch["local"]) == 0
+    none = augment.MultiCrop(data.Frames(folder), global_size=56, local_size=28, local_crops=0)
+    batch, = steps(none, augment.EpochSampler(12, 2, stop=1), masks)
+    assert augment.augment(batch, "cpu")["global_crops"].shape == (4, 3, 56, 56) and len(batch["local"]) == 0
 
 
 @pytest.mark.parametrize("n, batch, world", [(10, 3, 2), (13, 20, 1), (24, 2, 4)])
 def test_every_frame_once_per_epoch_and_none_dropped(n, batch, world):
     def line(world, batch, start=0, stop=60):
-        ranks = [list(data.EpochSampler(n, batch, 2, rank, world, start, stop)) for rank in range(world)]
+        ranks = [list(augment.EpochSampler(n, batch, 2, rank, world, start, stop)) for rank in range(world)]
         return [key for step in zip(*ranks) for keys in step for key in keys]
     keys = line(world, batch)
     assert [slot for _, slot, _, _ in keys[:batch * world]] == list(range(batch * world))
@@ -474,8 +475,8 @@ def test_every_frame_once_per_epoch_and_none_dropped(n, batch, world):
     assert all(sorted(frames) == list(range(n)) for frames in epochs) and [e for e, _ in order] == sorted(e for e, _ in order)
     assert len(set(map(tuple, epochs))) == len(epochs)  # each epoch in its own order
     assert line(1, batch * world) == keys and line(world, batch, start=7) == keys[7 * batch * world:]
-    assert len(data.EpochSampler(n, batch, start=7, stop=60)) == 53
-    assert order != [(e, f) for _, _, e, f in data.EpochSampler(n, batch * world, 3, stop=1).__iter__().__next__()]
+    assert len(augment.EpochSampler(n, batch, start=7, stop=60)) == 53
+    assert order != [(e, f) for _, _, e, f in augment.EpochSampler(n, batch * world, 3, stop=1).__iter__().__next__()]
 
 
 # -------------------------------------------------------------------------------------------------------------- bad frames
@@ -490,14 +491,14 @@ def mixed(tmp_path):
 
 
 def test_a_bad_frame_is_replaced_counted_and_named(mixed, capsys):
-    multicrop = data.MultiCrop(mixed, seed=1, **SMALL)
+    multicrop = augment.MultiCrop(mixed, seed=1, **SMALL)
     keys = [(0, slot, 0, frame) for slot, frame in enumerate((2, 3, 4))]
     batch = multicrop[keys]
     assert batch["index"][[0, 2]].tolist() == [2, 4] and batch["index"][1] != 3
     assert [frame for frame, _ in batch["bad"]] == [3] and mixed.path(3) in batch["bad"][0][1]
     assert same(batch, multicrop[keys]) and multicrop[[(9, 0, 0, 3)]]["index"] == batch["index"][1]  # the same, wherever it is asked for
     assert len({multicrop[[(0, 0, epoch, 3)]]["index"].item() for epoch in range(8)}) > 4  # but no frame is always the understudy
-    skipped = data.Skipped(mixed)
+    skipped = augment.Skipped(mixed)
     skipped.update(batch), skipped.update(batch)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and mixed.path(3) in said and "1 unreadable so far, of 150" in said
@@ -505,12 +506,12 @@ def test_a_bad_frame_is_replaced_counted_and_named(mixed, capsys):
 
 def test_more_than_one_percent_stop_the_run_with_the_list(mixed, capsys):
     Path(mixed.path(9)).write_bytes(b"")
-    multicrop, skipped = data.MultiCrop(mixed, seed=1, **SMALL), data.Skipped(mixed)
+    multicrop, skipped = augment.MultiCrop(mixed, seed=1, **SMALL), augment.Skipped(mixed)
     skipped.update(multicrop[[(0, 0, 0, 3)]])
     with pytest.raises(SystemExit) as stopped:
         skipped.update(multicrop[[(0, 0, 0, 9)]])
     assert all(text in str(stopped.value) for text in ("2 of 150", mixed.path(3), mixed.path(9)))
-    a_quarter = data.Skipped(mixed, world=4)  # of four processes each sees a fourth: one of 38 is too many
+    a_quarter = augment.Skipped(mixed, world=4)  # of four processes each sees a fourth: one of 38 is too many
     with pytest.raises(SystemExit):
         a_quarter.update(multicrop[[(0, 0, 0, 3)]])
     capsys.readouterr()
@@ -519,7 +520,7 @@ def test_more_than_one_percent_stop_the_run_with_the_list(mixed, capsys):
 def test_nothing_but_bad_frames(tmp_path):
     bad_files(tmp_path)
     with pytest.raises(data.BadImage, match="no readable frame in 20 draws(.|\n)*truncated.jpg"):
-        data.MultiCrop(data.Frames(tmp_path), **SMALL)[[(0, 0, 0, 0)]]
+        augment.MultiCrop(data.Frames(tmp_path), **SMALL)[[(0, 0, 0, 0)]]
 
 
 # ------------------------------------------------------------------------------------------------------------------ layouts

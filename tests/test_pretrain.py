@@ -6,6 +6,7 @@ import pytest
 import torch
 from pretrain_runs import assert_same_run, final, finish, flags, frames, keep_every, log, run, spawn, tiny  # noqa: F401
 
+import augment
 import pretrain
 import vit
 
@@ -51,7 +52,7 @@ def test_processes_and_shards_agree(frames, tmp_path, monkeypatch):
     args = pretrain.parse([str(a) for a in flags(frames, at("koleo"), "--drop-path", 0, steps=1)])
     index = pretrain.open_frames(args, print)
     model = pretrain.build_model(args, print).train()
-    halves = [pretrain.data.augment(next(pretrain.make_batches(args, index, 0, r, 2, torch.device("cpu"))), "cpu") for r in range(2)]
+    halves = [augment.augment(next(pretrain.make_batches(args, index, 0, r, 2, torch.device("cpu"))), "cpu") for r in range(2)]
     koleo = np.mean([model(half, 0.04)["koleo"].item() for half in halves])
     assert log(at("koleo"))[0]["koleo"] == pytest.approx(koleo, rel=1e-4)
 
@@ -61,14 +62,14 @@ def test_processes_and_shards_agree(frames, tmp_path, monkeypatch):
 
 def poison(monkeypatch, steps, crops="global_crops"):
     """A pixel of these steps is not a number."""
-    augment = pretrain.data.augment
+    augmented = augment.augment
 
     def augment_or_nan(batch, device):
-        done = augment(batch, device)
+        done = augmented(batch, device)
         if batch["step"] in steps:
             done[crops][0, 0, 0, 0] = float("nan")
         return done
-    monkeypatch.setattr(pretrain.data, "augment", augment_or_nan)
+    monkeypatch.setattr(augment, "augment", augment_or_nan)
 
 
 def test_unreadable_frames_are_logged_and_too_many_stop_the_run(frames, tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import frozen
 import probe_classify as pc
 import vit
 
@@ -66,12 +67,12 @@ def test_metrics_of_nothing_and_of_wrong_labels():
 
 def test_bootstrap_draws_whole_groups():
     value = np.repeat([0.0, 1.0, 2.0, 3.0], 50)  # four patients, each with 50 equal frames
-    low, high = pc.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
+    low, high = frozen.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
     assert low < 0.6 and high > 2.4  # by frames it would be 1.5 +- 0.16
-    assert (low, high) == pc.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
-    alone = pc.bootstrap_interval(lambda rows: [1.0, 2.0], ["a", "a"])
+    assert (low, high) == frozen.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
+    alone = frozen.bootstrap_interval(lambda rows: [1.0, 2.0], ["a", "a"])
     assert np.isnan(alone).all() and np.shape(alone) == (2, 2)
-    assert np.isnan(pc.bootstrap_interval(lambda rows: float("nan"), ["a", "b"], n=5)).all()
+    assert np.isnan(frozen.bootstrap_interval(lambda rows: float("nan"), ["a", "b"], n=5)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,12 +222,12 @@ def test_choice_reads_validation_labels_alone():
     features = planted_features(90, seed=1)
     y = (features["cls"][:, 0, 0] > 0).long()  # readable from the first of the four blocks only
     split = data.Split(np.arange(40), np.arange(40, 65), np.arange(65, 90))
-    _, setting = pc.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1)
+    _, setting = frozen.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1)
     assert setting["blocks"] == 4
     poisoned = y.clone()
     poisoned[split.test] = 1 - y[split.test]
-    assert pc.best_on_validation(pc.linear_head, pc.GRID, features, poisoned, split, 2, pc.macro_f1)[1] == setting
-    first = pc.best_on_validation(pc.linear_head, pc.GRID, features, torch.zeros(90, dtype=torch.long), split, 2, pc.macro_f1)[1]
+    assert frozen.best_on_validation(pc.linear_head, pc.GRID, features, poisoned, split, 2, pc.macro_f1)[1] == setting
+    first = frozen.best_on_validation(pc.linear_head, pc.GRID, features, torch.zeros(90, dtype=torch.long), split, 2, pc.macro_f1)[1]
     assert first == pc.GRID[0]  # all tie: the strongest regularisation, the smallest input
 
 
@@ -240,14 +241,14 @@ def test_extract_is_the_backbones_tokens_and_leaves_no_trace(tmp_path):
     paths, model = data.images_in(tmp_path), tiny_vit(depth=6)
     model.train()
     state = torch.get_rng_state()
-    found = pc.extract(model, paths, "cpu", image_size=56, batch=2)
+    found = frozen.extract(model, paths, "cpu", image_size=56, batch=2)
     assert model.training and torch.equal(state, torch.get_rng_state())
     model.eval()
     blocks = model.intermediate(torch.stack([data.eval_image(p, 56) for p in paths]), [2, 3, 4, 5])
     torch.testing.assert_close(found["cls"], torch.stack([b["cls"] for b in blocks], 1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["patch"], blocks[-1]["patches"].mean(1), rtol=1e-4, atol=1e-5)
-    assert pc.extract(model, [], "cpu")["cls"].shape == (0, 4, 64)
-    assert pc.extract(tiny_vit(depth=2), paths[:1], "cpu", 56)["cls"].shape == (1, 2, 64)
+    assert frozen.extract(model, [], "cpu")["cls"].shape == (0, 4, 64)
+    assert frozen.extract(tiny_vit(depth=2), paths[:1], "cpu", 56)["cls"].shape == (1, 2, 64)
 
 
 def test_cache_knows_weights_data_and_resolution(tmp_path):
@@ -259,7 +260,7 @@ def test_cache_knows_weights_data_and_resolution(tmp_path):
         return {"cls": torch.full((1,), float(len(calls)))}
 
     def ask(model=model, size=224):
-        return pc.cached(model, pc.fingerprint(paths, size), compute, tmp_path / "features")["cls"].item()
+        return frozen.cached(model, frozen.fingerprint(paths, size), compute, tmp_path / "features")["cls"].item()
 
     assert ask() == ask() == 1
     assert ask(size=448) == 2 and ask(tiny_vit(seed=1)) == 3
@@ -288,10 +289,11 @@ def workplace(tmp_path_factory):
 def quick(workplace, monkeypatch):
     """Few draws and strengths, features under the test's folder, the small set in the synthetic set's place."""
     monkeypatch.chdir(workplace)
-    interval = pc.bootstrap_interval
-    monkeypatch.setattr(pc, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
+    interval = frozen.bootstrap_interval
+    for module in (frozen, pc):
+        monkeypatch.setattr(module, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
     monkeypatch.setattr(pc, "HEADS", {"kNN": (pc.knn_head, [{}]), "linear": (pc.linear_head, pc.GRID[2:8])})
-    monkeypatch.setattr(pc.synthetic, "ensure", lambda: workplace / "set")
+    monkeypatch.setattr(frozen.synthetic, "ensure", lambda: workplace / "set")
     return workplace
 
 
@@ -323,13 +325,13 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     for words in ("| backbone | head | tested on | accuracy | macro F1 |", "Confusion, b.pt, linear", "paper value: not available", "seed: 0",
                   "frames: 27", "unrelated data: HyperKvasir anatomical landmarks, official folds 0, 1, 2, 3, 4: 15 frames, 15 groups"):
         assert words in printed
-    monkeypatch.setattr(pc, "extract", lambda *a, **k: pytest.fail("features were computed again"))
+    monkeypatch.setattr(frozen, "extract", lambda *a, **k: pytest.fail("features were computed again"))
     assert pc.main(["b.pt", "--device", "cpu", "--out", "again.json"]) == rows
 
 
 def test_size_is_what_the_backbone_sees(quick, monkeypatch):
-    seen, extract = [], pc.extract
-    monkeypatch.setattr(pc, "extract", lambda *a: seen.append(a[3]) or extract(*a))
+    seen, extract = [], frozen.extract
+    monkeypatch.setattr(frozen, "extract", lambda *a: seen.append(a[3]) or extract(*a))
     rows = pc.main(["b.pt", "--device", "cpu", "--size", "56", "--splits", "2", "--out", "small.json"])
     assert {len(r["chosen on validation"]) for r in rows if "chosen on validation" in r} == {2} and rows[0]["split"].startswith("2 ")
     assert seen == [56] * 4 and {r["pixels"] for r in rows} == {56}  # two backbones, two sets: no features of another size were taken
@@ -339,7 +341,7 @@ def test_size_is_what_the_backbone_sees(quick, monkeypatch):
 
 
 def test_without_arguments_random_weights_and_the_majority(quick, monkeypatch):
-    monkeypatch.setattr(pc.vit, "build_vit", lambda arch: tiny_vit(seed=torch.initial_seed()))
+    monkeypatch.setattr(frozen.vit, "build_vit", lambda arch: tiny_vit(seed=torch.initial_seed()))
     rows = pc.main([])
     assert {r["backbone"] for r in rows} == {"majority class", "random initialisation (vitt14)"} and (quick / "runs/random.landmarks.json").exists()
     assert not [r for r in rows if r["table"] == "difference"]
@@ -360,17 +362,17 @@ def test_one_split_gives_an_interval_by_patient_and_one_patient_gives_none():
     metrics = pc.landmark_metrics(("a", "b"))
     outcome = torch.from_numpy(np.where(np.arange(n) < 12, labels, 1 - labels))[None], torch.rand(1, n, 2)
     for groups, known in ((list(np.arange(n) // 4), True), (["a"] * n, False)):
-        row = pc.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), outcome, 0)
+        row = frozen.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), outcome, 0)
         assert row["accuracy"] == 0.6 and np.isnan(row["accuracy low"]) != known
         few = torch.where(torch.arange(n) < 16, -1, outcome[0]), outcome[1]  # the last patient alone is tested: nothing to draw from
-        assert np.isnan(pc.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), few, 0)["F1 a low"])
-    assert row["accuracy"] == 0.6 and "| 0.600 [n/a, n/a] |" in pc.markdown_table([row])
+        assert np.isnan(frozen.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), few, 0)["F1 a low"])
+    assert row["accuracy"] == 0.6 and "| 0.600 [n/a, n/a] |" in frozen.markdown_table([row])
 
 
 def test_table_and_json_of_undefined_numbers(tmp_path):
     row = {"a": 0.5, "a sd": 0.25, "b": float("nan"), "b low": 0.0, "b high": 1.0, "n": 3, "c": None, "list": [1], "hide": 1}
-    assert pc.markdown_table([row], hidden={"hide"}) == "| a | b | n | c |\n|---|---|---|---|\n| 0.500 ± 0.250 | n/a [0.000, 1.000] | 3 |  |"
-    pc.write_rows([row], tmp_path / "new" / "r.json")
+    assert frozen.markdown_table([row], hidden={"hide"}) == "| a | b | n | c |\n|---|---|---|---|\n| 0.500 ± 0.250 | n/a [0.000, 1.000] | 3 |  |"
+    frozen.write_rows([row], tmp_path / "new" / "r.json")
     assert json.loads((tmp_path / "new" / "r.json").read_text())[0]["b"] is None
 
 

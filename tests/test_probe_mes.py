@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 import data
+import frozen
+import figures
 import probe_classify as pc
 import probe_mes as mes
 import vit
@@ -160,11 +162,12 @@ def workplace(tmp_path_factory):
 @pytest.fixture
 def quick(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    interval = pc.bootstrap_interval
-    monkeypatch.setattr(pc, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
+    interval = frozen.bootstrap_interval
+    for module in (frozen, pc):
+        monkeypatch.setattr(module, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
     grid = [s | {"power": p} for s in pc.GRID[4:6] for p in (1, 0)]
     monkeypatch.setattr(mes, "HEADS", {name: (fit, [{}] if name == "kNN" else grid) for name, (fit, _) in mes.HEADS.items()})
-    monkeypatch.setattr(pc.synthetic, "ensure", lambda: workplace / "set")
+    monkeypatch.setattr(frozen.synthetic, "ensure", lambda: workplace / "set")
     return workplace
 
 
@@ -200,7 +203,7 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     assert {r["head"] for r in rows if r["table"] == "difference"} == set(heads)
     for words in ("## Mayo endoscopic score\n", "MES 2-3 (no remission) as the positive class", "imbalance", "| kappa | macro F1 | accuracy |"):
         assert words in printed
-    monkeypatch.setattr(pc, "extract", lambda *a, **k: pytest.fail("features were computed again"))
+    monkeypatch.setattr(frozen, "extract", lambda *a, **k: pytest.fail("features were computed again"))
     assert mes.main(["runs/demo/teacher_9.pt", "--out", "again.json", "--device", "cpu"]) == rows
 
 
@@ -233,11 +236,11 @@ def test_curve_draws_the_log_and_scores_the_teachers(quick):
     path = quick / "runs/demo/curve.png"
     with Image.open(path) as image:
         assert image.size == (820, 620)
-    loss = coloured(path, mes.BLUE)
+    loss = coloured(path, figures.BLUE)
     loss = loss[loss[:, 1] < 300]  # the upper panel: a straight line down to the right, over the first 35 of 102 steps
     assert np.corrcoef(loss.T)[0, 1] > 0.99
     assert loss[:, 0].min() == pytest.approx(80, abs=3) and loss[:, 0].max() == pytest.approx(80 + 710 * 35 / 102, abs=4)
-    teachers = coloured(path, mes.ORANGE)
+    teachers = coloured(path, figures.ORANGE)
     teachers = teachers[teachers[:, 1] > 345]
     assert teachers[:, 0].max() == pytest.approx(80 + 710 * 100 / 102, abs=6)
 
@@ -245,14 +248,14 @@ def test_curve_draws_the_log_and_scores_the_teachers(quick):
 def test_histogram_is_to_scale(quick):
     rows = mes.main(["--histogram", "--out", "h.png"])
     assert [r["frames"] for r in rows] == [20, 20, 20, 10] and sum(r["share"] for r in rows) == pytest.approx(1)
-    x = coloured(quick / "h.png", mes.BLUE)[:, 0]
+    x = coloured(quick / "h.png", figures.BLUE)[:, 0]
     bars = np.histogram(x, bins=np.linspace(90, 790, 5))[0]
     assert bars / bars.sum() == pytest.approx([2 / 7, 2 / 7, 2 / 7, 1 / 7], abs=0.01)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.3, 0.7), (3.2, 3.3), (0, 12345), (0.5, 0.5)])
 def test_ticks_are_round_and_inside(low, high):
-    values = mes.ticks(low, high)
+    values = figures.ticks(low, high)
     assert len(values) <= 7 and all(low - 1e-9 <= v <= high + 1e-9 for v in values)
     assert low == high or len(values) >= 2
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import augment
 import data
 
 
@@ -78,7 +79,7 @@ def test_multicrops_of_a_shard_are_those_of_its_folder(folder, tmp_path):
     keys = [(0, i, 0, i) for i in range(6)]
     batches = []
     for root, workers in ((folder, 0), (tmp_path / "frames.tar", 2)):
-        crops = data.MultiCrop(data.Frames(root), global_size=28, local_size=14, local_crops=1)
+        crops = augment.MultiCrop(data.Frames(root), global_size=28, local_size=14, local_crops=1)
         batches += torch.utils.data.DataLoader(crops, batch_size=None, sampler=[keys], num_workers=workers)
     plain, packed = batches
     assert not packed["bad"] and torch.equal(plain["global"], packed["global"])

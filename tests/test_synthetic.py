@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import figures
 import synthetic
 
 ROOT = Path(synthetic.__file__).parent
@@ -274,5 +275,5 @@ def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkey
 
 
 def test_contact_sheet(tiny, tmp_path):
-    synthetic.sheet(tiny, tmp_path / "sheet.png")
+    figures.synthetic_set(tiny, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 112

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from vit import ARCHS, VisionTransformer, build_vit, class_attention, kept_rows, load_backbone, main, principal_colours, save_backbone
+from figures import principal_colours
+from vit import ARCHS, VisionTransformer, build_vit, class_attention, kept_rows, load_backbone, main, save_backbone
 
 META = json.loads((pathlib.Path(__file__).parent / "reference" / "meta.json").read_text())
 CASES = [name for name in META if name.startswith("vit_")]

@@ -272,6 +272,35 @@ def build_vit(arch, **overrides):
     return model
 
 
+# --- number types -----------------------------------------------------------------------------------------------------
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # choices of --precision, beside auto
+
+
+def precision(device, wanted="auto"):
+    """The type in which `device` multiplies matrices: wanted is "auto" or a name of PRECISIONS; returns a torch.dtype.
+
+    auto is bfloat16 where the hardware multiplies it (emulation answers yes too, and crawls: a T4), float16 on
+    other GPUs, float32 on other CPUs. torch is asked, not a list of processors; one that cannot say means no."""
+    if wanted != "auto":
+        return PRECISIONS[wanted]
+    device = torch.device(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    native = any(getattr(torch.cpu, question, lambda: False)() for question in questions)
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device, dtype):
+    """The context in which a forward pass computes its matrix products in dtype; float32 changes nothing."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

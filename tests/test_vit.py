@@ -1,7 +1,9 @@
 """vit.py against the official code's numbers; packing, stochastic depth and loading against their definitions."""
+import contextlib
 import json
 import pathlib
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import vit
 from figures import principal_colours
 from vit import ARCHS, VisionTransformer, build_vit, class_attention, kept_rows, load_backbone, main, save_backbone
 
@@ -333,3 +336,39 @@ def test_show_writes_a_picture_of_images_of_any_shape(tmp_path, capsys):
     for bad in ([files[1], files[2]], [files[0], str(tmp_path / "absent.png")]):
         with pytest.raises(SystemExit, match=bad[1] if "absent" in bad[1] else "not a PyTorch checkpoint"):
             main([*bad, "--show", str(tmp_path / "x.png")])
+
+
+# --- number types -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("major, expected", [  # T4 and V100, A100, H100
+    (7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_precision_of_gpus_is_what_their_hardware_multiplies(monkeypatch, major, expected):
+    """A T4 answers yes to bfloat16 where emulation counts; auto must not believe it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: types.SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert vit.precision("cuda:0") == expected
+    assert vit.precision("cuda:0", "bf16") == torch.bfloat16
+
+
+@pytest.mark.parametrize("amx, avx, expected", [
+    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32), (None, None, torch.float32)])
+def test_precision_of_cpus_is_asked_of_torch(monkeypatch, amx, avx, expected):
+    """None: a torch that has no such question."""
+    for name, answer in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx)):
+        if answer is None:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+    assert vit.precision(torch.device("cpu")) == expected
+    assert [vit.precision("cpu", name) for name in vit.PRECISIONS] == [torch.bfloat16, torch.float16, torch.float32]
+    assert vit.precision("mps") == torch.float16
+
+
+@pytest.mark.parametrize("dtype", vit.PRECISIONS.values())
+def test_autocast_multiplies_in_the_asked_type(dtype):
+    with vit.autocast("cpu", dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

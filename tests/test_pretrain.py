@@ -11,7 +11,7 @@ import pretrain
 import vit
 
 
-def test_recomputed_activations_change_nothing(frames, unbroken, tmp_path):
+def test_recomputed_activations_change_nothing(frames, tmp_path):
     """Stochastic depth draws its samples before the blocks, so that computing a block again computes the same."""
     run(frames, tmp_path, "--checkpoint-activations", "--drop-path", 0.5, steps=4)
     run(frames, tmp_path / "kept", "--drop-path", 0.5, steps=4)

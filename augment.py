@@ -10,10 +10,10 @@ normalise), batched:
     skipped = Skipped(frames, world=1)
     for batch in loader(multicrop, sampler, masks, workers=4, pin=False):     # one batch per step, of this process
         skipped.update(batch)                            # logs unreadable frames; more than 1 % stop the run
-        crops = augment(batch, device)                   # {"global_crops", "local_crops", "masks"}: normalised floats
+        crops = augment(batch, device)                   # {"global_crops", "local_crops", "masks", ...}: normalised floats
 
 A batch on its way: "global" (2B,3,S,S) uint8, "local" (L*B,3,s,s) uint8, "global_colour" (2B,11) and "local_colour" (L*B,11)
-the drawn parameters of the second half, "masks" (2B,N) bool, "index" (B,) numbers in `frames`, "step", "bad" [(number, message)].
+the drawn parameters of the second half, "masks" (2B,N) bool, "masked" (M,) rows of the hidden patches among 2B*N, "index" (B,) numbers in `frames`, "step", "bad" [(number, message)].
 All randomness is a function of (seed, epoch, frame, crop) or, for masks, (seed, step, row of the batch of all processes).
 """
 import functools
@@ -178,29 +178,53 @@ class EpochSampler:
 
 
 class BlockMasks:
-    """iBOT's block masks, drawn over the global crops of all processes: row v * batch + slot is crop v of image `slot`.
+    """iBOT's block masks (Zhou et al. 2022), drawn over the global crops of all processes.
 
-    Half of the rows are masked, the i-th of them asked for U(b_i, b_i+1) of the patches, b = linspace(ratio, n + 1), in a
-    shuffled order (DINOv2's collate). grid: (h, w) patches; batch: images per step of all processes.
+    Row v * batch + slot is crop v of image `slot`. grid: (h, w) patches; batch: images per step of all processes.
+
+    DINOv2's collate masks a random half of one process's rows and asks the i-th of them for U(b_i, b_i+1) of the
+    patches, b = linspace(0.1, 0.5, n + 1). Drawn like that over all processes, one may hide a tenth more than another
+    and all wait for it; drawn per process, the masks would depend on how many there are. So every two images share
+    what they hide: of the rows 2i and 2i + 1 of a view a coin masks one, and if the first view's asks for u of the
+    range, the second view's asks for 1 - u:
+
+        images           0      1         2      3
+        first crops      u1     -         -      u2
+        second crops     -      1 - u1    -      1 - u2
+
+    A process holds neighbouring images, so it hides the same number at every step, but for blocks that find no place.
+    Each row by itself is masked as in DINOv2: with probability 1/2, by a uniform share of the range. u comes from one
+    stratum of [0, 1] per two images, the strata in a shuffled order. An odd last image shares with nobody: a coin
+    masks one of its two crops.
     """
 
-    def __init__(self, grid, batch, seed=0, ratio=(0.1, 0.5), probability=0.5):
-        self.grid, self.batch, self.seed = grid, batch, seed
-        self.bounds = np.linspace(*ratio, int(2 * batch * probability) + 1)
+    def __init__(self, grid, batch, seed=0, ratio=(0.1, 0.5)):
+        self.grid, self.batch, self.seed, self.ratio = grid, batch, seed, ratio
 
     def __call__(self, step, slots):
         """(2B, N) bool for the two global crops of these slots, crop-major."""
-        place = stream(self.seed, MASK_ORDER, step).permutation(2 * self.batch)
+        shares = self.shares(step)
         rows = [view * self.batch + slot for view in range(2) for slot in slots]
-        return torch.from_numpy(np.stack([self.one(step, row, place[row]) for row in rows]))
+        return torch.from_numpy(np.stack([self.one(step, row, shares[row]) for row in rows]))
 
-    def one(self, step, row, place):
-        """(N,) bool: blocks of random area and aspect until the asked number is reached or no block fits."""
-        mask = np.zeros(self.grid, bool)
-        if place >= len(self.bounds) - 1:
-            return mask.reshape(-1)
-        rng = stream(self.seed, MASK, step, row)
-        left = int(mask.size * rng.uniform(*self.bounds[place:place + 2]))
+    def shares(self, step):
+        """(2 * batch,) the share of its patches that each row of this step is asked to hide; 0: none."""
+        n, (low, high) = (self.batch + 1) // 2, self.ratio                           # pairs of images
+        rng = stream(self.seed, MASK_ORDER, step)
+        u = (rng.permutation(n) + rng.random(n)) / n                                 # (n,) one in each n-th of [0, 1]
+        coins = rng.integers(2, size=(2, n))
+        out = np.zeros((2, n, 2))                                                    # view, pair, image of the pair
+        for view, asked in enumerate((u, 1 - u)):
+            out[view, np.arange(n), coins[view]] = low + (high - low) * asked
+        out = out.reshape(2, 2 * n)
+        if self.batch % 2:
+            out[1, -2] = out[0, -1]  # the second crop of the last image is hidden where the first of its partner would be
+        return out[:, :self.batch].reshape(-1)
+
+    def one(self, step, row, share):
+        """(N,) bool: blocks of random area and aspect until this share of the patches is reached or no block fits."""
+        mask, rng = np.zeros(self.grid, bool), stream(self.seed, MASK, step, row)
+        left = int(mask.size * share)
         while left > 0:
             added = add_block(mask, left, rng)
             if not added:
@@ -229,8 +253,10 @@ def add_block(mask, left, rng):
 
 
 def collate(batch, masks):
-    """Add the masks of its step to a batch of MultiCrop."""
-    return batch | {"masks": masks(batch["step"], batch.pop("slots"))}
+    """Add to a batch of MultiCrop the masks of its step, and which rows of its patches they hide: counted here, where
+    the answer costs nothing. Asked of a GPU it would hold up the training process in every step."""
+    masks = masks(batch["step"], batch.pop("slots"))                                 # (2B, N)
+    return batch | {"masks": masks, "masked": masks.flatten().nonzero().squeeze(1)}  # (M,)
 
 
 def loader(multicrop, sampler, masks, workers=4, pin=False):
@@ -264,11 +290,11 @@ class Skipped:
 # -------------------------------------------------------------------------------------------- multi-crop: the device's half
 
 def augment(batch, device):
-    """The second half of the multi-crop: a batch of `loader` -> {"global_crops", "local_crops", "masks"} on the device.
+    """The second half of the multi-crop: a batch of `loader` -> {"global_crops", "local_crops", "masks", "masked"} on the device.
 
     global_crops (2B, 3, S, S), local_crops (L*B, 3, s, s): floats, normalised with ImageNet's mean and deviation.
     """
-    out = {"masks": batch["masks"].to(device, non_blocking=True)}
+    out = {key: batch[key].to(device, non_blocking=True) for key in ("masks", "masked") if key in batch}
     for kind in ("global", "local"):
         out[kind + "_crops"] = distort(batch[kind].to(device, non_blocking=True), batch[kind + "_colour"])
     return out

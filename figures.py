@@ -81,7 +81,8 @@ def crops(multicrop, frame, path):
     used = batch["index"].item()
     whole = data.read_image(frames.path(used))
     boxes, flips, _ = multicrop.draw(augment.stream(multicrop.seed, augment.CROPS, 0, frame), *whole.size)
-    batch["masks"] = torch.from_numpy(np.stack([augment.BlockMasks((S // 14, S // 14), 8, multicrop.seed).one(0, v, 2 + 4 * v) for v in range(2)]))
+    masks = augment.BlockMasks((S // 14, S // 14), 1, multicrop.seed)
+    batch["masks"] = torch.from_numpy(np.stack([masks.one(0, view, share) for view, share in enumerate((0.22, 0.42))]))
     seen = augment.augment(batch, "cpu")
     cells = []  # per crop: (caption, as it is cut), (caption, as the network sees it)
     for kind in ("global", "local"):

@@ -361,26 +361,59 @@ def looks(crops):
 
 @pytest.mark.parametrize("side, n, short", [(16, 1600, 0.07), (37, 320, 0.13)])
 def test_masks_are_dinov2s(side, n, short):
-    """The i-th of a batch's masks is asked for what linspace says; how many patches that gives is known of DINOv2's."""
-    masks = augment.BlockMasks((side, side), 16, seed=1)
-    counts = np.array([masks.one(0, k, k % 16).sum() for k in range(n)])
-    bounds = [masks.bounds[k % 16:k % 16 + 2] for k in range(n)]
-    asked = np.array([int(side * side * augment.stream(1, augment.MASK, 0, k).uniform(*bounds[k])) for k in range(n)])
-    assert (np.diff(masks.bounds) > 0.4 / 17).all() and masks.bounds[[0, -1]].tolist() == [0.1, 0.5] and len(masks.bounds) == 17
+    """Asked for a uniform share from 0.1 to 0.5; how many patches that gives is known of DINOv2's."""
+    masks = augment.BlockMasks((side, side), n // 2, seed=1)
+    shares = np.concatenate([masks.shares(step) for step in range(2)])
+    shares = shares[shares > 0]
+    assert len(shares) == n
+    counts = np.array([masks.one(0, k, share).sum() for k, share in enumerate(shares)])
+    asked = (side * side * shares).astype(int)
     assert (0 < counts).all() and (counts <= asked).all()
     assert abs((counts < asked).mean() - short) < 4 * math.sqrt(short * (1 - short) / n) + 0.005
     assert abs(counts.mean() / side ** 2 - 0.298) < 0.004
-    assert not any(masks.one(0, 0, place).any() for place in range(16, 32))
+    assert not masks.one(0, 0, 0).any()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 11])
+def test_every_row_is_masked_as_in_dinov2(batch):
+    """By itself: with probability 1/2, by a uniform share of the range. In a step: half of the rows, one in every stratum."""
+    masks, n = augment.BlockMasks((16, 16), batch, seed=1), 3000
+    shares = np.stack([masks.shares(step) for step in range(n)])  # (n, 2B)
+    assert ((shares > 0).sum(1) == batch).all()
+    for row in shares.T:
+        assert abs((row > 0).mean() - 0.5) < 5 * 0.5 / math.sqrt(n)
+        u = (np.sort(row[row > 0]) - 0.1) / 0.4
+        assert np.abs(u - np.arange(len(u)) / len(u)).max() < 1.95 / math.sqrt(len(u))  # Kolmogorov-Smirnov, level 0.001
+    pairs = (batch + 1) // 2
+    for view in shares.reshape(n, 2, batch).swapaxes(0, 1) if batch % 2 == 0 else ():
+        strata = ((view[view > 0] - 0.1) / 0.4 * pairs).astype(int).reshape(n, pairs)
+        assert (np.sort(strata, 1) == np.arange(pairs)).all()
+
+
+def test_two_images_share_what_they_hide():
+    shares = augment.BlockMasks((16, 16), 10, seed=1).shares(7).reshape(2, 5, 2)  # view, pair, image
+    assert ((shares > 0).sum(2) == 1).all()
+    np.testing.assert_allclose(shares.sum((0, 2)), 0.6)
+    last = augment.BlockMasks((16, 16), 11, seed=1).shares(7).reshape(2, 11)[:, 10]  # nobody shares with the eleventh
+    assert (last > 0).sum() == 1
+
+
+def test_every_process_hides_as_many_patches():
+    """8 processes of 64 images: 4,878 patches each; drawn over the batch of all without pairs, +- 459."""
+    masks = augment.BlockMasks((16, 16), 512)
+    hidden = np.array([[masks(step, range(64 * rank, 64 * rank + 64)).sum() for rank in (0, 5)] for step in range(50)])
+    assert abs(hidden.mean() - 4878) < 5 and hidden.std() < 6 and np.ptp(hidden) < 40
+    small = augment.BlockMasks((16, 16), 8)  # two images each
+    assert np.ptp([small(step, [2, 3]).sum() for step in range(50)]) < 12
 
 
 def test_half_of_the_global_crops_of_a_step_are_masked():
     masks = augment.BlockMasks((16, 16), 16, seed=1)
     steps = [masks(step, range(16)) for step in range(20)]
-    assert all(m.shape == (32, 256) and m.dtype == torch.bool and m.any(1).sum() == 16 for m in steps)
+    assert all(m.shape == (32, 256) and m.dtype == torch.bool for m in steps)
+    assert all((m.any(1).view(16, 2).sum(1) == 1).all() for m in steps)  # one of the rows 2i and 2i + 1
     assert abs(torch.stack(steps).float().mean() - 0.149) < 0.004
     assert len({tuple(m.any(1).tolist()) for m in steps}) == 20
-    for m in steps:  # sorted, the i-th has no more than the i-th part of the range allows
-        assert (np.sort(m.sum(1).numpy())[16:] <= 256 * np.linspace(0.1, 0.5, 17)[1:]).all()
     some = masks(3, [2, 9])
     assert torch.equal(some, steps[3][[2, 9, 18, 25]])  # whichever process holds them
 
@@ -458,6 +491,8 @@ def test_a_batch_has_the_promised_shapes(folder):
     out = augment.augment(batch, "cpu")
     assert out["global_crops"].shape == (4, 3, 56, 56) and out["local_crops"].shape == (6, 3, 28, 28) and out["masks"].shape == (4, 16)
     assert out["global_crops"].dtype == torch.float32 and out["masks"].dtype == torch.bool
+    assert torch.equal(out["masked"], out["masks"].flatten().nonzero().squeeze(1)) and len(out["masked"])
+    assert "masked" not in augment.augment({k: v for k, v in batch.items() if k != "masked"}, "cpu")
     none = augment.MultiCrop(data.Frames(folder), global_size=56, local_size=28, local_crops=0)
     batch, = steps(none, augment.EpochSampler(12, 2, stop=1), masks)
     assert augment.augment(batch, "cpu")["global_crops"].shape == (4, 3, 56, 56) and len(batch["local"]) == 0

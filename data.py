@@ -72,11 +72,19 @@ def shrink(room):
     return next(factor for factor in (8, 4, 2, 1) if factor <= max(room, 1))
 
 
-def eval_image(path, size=224):
-    """(3, size, size) normalised floats: short side to size*256/224 bicubic, centre crop (DINOv2's evaluation transform)."""
-    image = TF.resize(read_image(path), round(size * 256 / 224), InterpolationMode.BICUBIC)
-    image = TF.to_tensor(TF.center_crop(image, size))
-    return TF.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+def eval_image(path, size=224, view="crop"):
+    """(3, size, size) normalised floats of a file, as `square` makes them."""
+    return square(read_image(path), size, view)
+
+
+def square(image, size, view="crop"):
+    """PIL RGB image -> (3, size, size) normalised floats. view "crop": short side to size*256/224, bicubic, then the
+    centre (DINOv2's evaluation transform); "stretch": all of the frame, for what must not lose its borders."""
+    if view == "crop":
+        image = TF.center_crop(TF.resize(image, round(size * 256 / 224), InterpolationMode.BICUBIC), size)
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
 
 
 # ------------------------------------------------------------------------------------------------------------- tar shards

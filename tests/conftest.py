@@ -11,6 +11,14 @@ sys.path.insert(0, str(REFERENCE))  # fill.py lies beside the numbers that were 
 from fill import array, fill_value  # noqa: E402
 
 
+@pytest.fixture(scope="session")
+def synthetic_set(tmp_path_factory):
+    """The embedded data set, small: 2 videos of 6 frames and a twentieth of the patients, all 64 px. Made once for all
+    tests, which only read it."""
+    import synthetic
+    return synthetic.ensure(tmp_path_factory.mktemp("synthetic") / "set", videos=2, frames=6, scale=.05, size=64, workers=0)
+
+
 @pytest.fixture
 def reference():
     """reference("losses") -> the arrays of tests/reference/losses.npz."""

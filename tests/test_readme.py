@@ -19,14 +19,14 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
-SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment", "probe_mes", "bench")
+SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment", "probe_mes", "docs.study", "bench")
 FOREIGN_FLAGS = {"--nproc-per-node", "--help"}  # torchrun's, and everyone's
 texts = pytest.mark.parametrize("path", [README, COURSE], ids=lambda path: path.name)
 
 
 def test_file_map_names_every_file():
     mapped = set(re.findall(r"^\| \d* ?\| `([\w./]+)` \|", README.read_text(), re.M))
-    assert mapped == {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.sh", "custom_kernels/*.py") for path in ROOT.glob(pattern)}
+    assert mapped == {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.sh", "custom_kernels/*.py", "docs/*.py") for path in ROOT.glob(pattern)}
 
 
 def test_set_up_commands_are_those_of_ci():
@@ -80,7 +80,7 @@ def parsers(monkeypatch):
         found, rest = real(self, args, namespace)
         if any(action.nargs == argparse.REMAINDER for action in self._actions):
             return found, rest  # bench.py: its sub-command comes next
-        if self.prog == "bench.py step":
+        if self.prog in ("bench.py step", "python -m docs.study"):
             importlib.import_module("pretrain").parse(rest)  # it hands them on
         raise Parsed if not rest else SystemExit(f"unknown: {rest}")
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
@@ -98,9 +98,10 @@ def commands(text):
     for block in re.findall(r"```bash\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.rpartition(" && ")[2], comments=True)
-            script = next((i for i, word in enumerate(words) if word.endswith(".py") and word[:-3] in SCRIPTS), None)
-            if script is not None:
-                yield words[script][:-3], words[script + 1:]
+            for i, word in enumerate(words):
+                if word.endswith(".py") and word[:-3] in SCRIPTS or word in SCRIPTS and words[i - 1] == "-m":
+                    yield word.removesuffix(".py"), words[i + 1:]
+                    break
 
 
 @texts
@@ -119,11 +120,11 @@ SMALL = {  # added to a command: as few frames, pixels and steps as it takes; th
 
 
 @pytest.fixture
-def laid_out(tmp_path, monkeypatch):
+def laid_out(tmp_path, monkeypatch, synthetic_set):
     """A folder with all that the README's commands name, from synthetic frames of 64 pixels; the working directory, on one thread."""
-    import synthetic
     monkeypatch.chdir(tmp_path)
-    synthetic.ensure(videos=2, frames=6, scale=.05, size=64, workers=0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/synthetic").symlink_to(synthetic_set)
     for name in ("Kvasir-SEG", "hyper-kvasir", "LIMUC"):
         (tmp_path / "data" / name).symlink_to(tmp_path / "data/synthetic" / name)
     for name, video in (("a", "video0000"), ("b", "video0001")):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import warnings
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import heads
 import synthetic
 import vit
 
@@ -91,13 +93,24 @@ def fingerprint(paths, image_size):
     return hashlib.sha256(repr((files, image_size)).encode()).hexdigest()
 
 
+def digest(tensors):
+    """sha256 of a module's, or a dict's, tensors: names, shapes, types and values, wherever they
+    lie. It is how a cache and a head know their backbone."""
+    if isinstance(tensors, torch.nn.Module):
+        n_heads = torch.tensor(getattr(tensors, "heads", 0))  # no tensor's shape tells it
+        tensors = tensors.state_dict() | {"heads": n_heads}
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def cached(model, data_key, compute, folder="features"):
     """compute() -> dict of tensors, kept on disk under a key of the weights, the data and the kind of device (its precision)."""
-    digest = hashlib.sha256(f"1 {data_key} {model.heads}".encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    path = pathlib.Path(folder) / f"{digest.hexdigest()[:32]}.pt"
+    kind = next(model.parameters()).device.type
+    key = hashlib.sha256(f"2 {data_key} {digest(model)} {kind}".encode())
+    path = pathlib.Path(folder) / f"{key.hexdigest()[:32]}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         vit.atomic_save(compute(), path)
@@ -300,7 +313,7 @@ def summarise(metrics, labelled, outcome, seed):
 
 
 def best_on_validation(fit, grid, features, y, split, n_classes, score):
-    """(predict, setting): the setting of the grid whose head, fitted on split.train, has the highest score(true, pred, n_classes)
+    """(predict, setting, its score): the setting of the grid whose head, fitted on split.train, has the highest score(true, pred, n_classes)
     on split.val. The first wins a tie, so a grid goes from the simplest head to the least simple.
     """
     best = None
@@ -309,4 +322,119 @@ def best_on_validation(fit, grid, features, y, split, n_classes, score):
         value = score(y[split.val], predict(features, split.val)[1], n_classes)
         if best is None or value > best[0]:
             best = value, predict, setting
-    return best[1:]
+    return best[1:] + best[:1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Heads on disk: <checkpoint without suffix>.<task>.<head>.pt, plain tensors and plain values.
+# It is predict.py that uses them, several on one pass of their backbone.
+
+HEAD_FORMAT = "endodino-head-1"
+CLASSIFIERS = {"knn": heads.Neighbours, "linear": heads.Softmax, "softmax": heads.Softmax,
+               "ordinal": heads.Ordinal}
+
+
+@dataclasses.dataclass
+class Head:
+    """A head read from its file, ready to run on the backbone that it was fitted on.
+
+    task "landmarks", "mes" or "polyps"; name "knn", "linear", "softmax", "ordinal", "boosted" or
+    "dpt"; size: pixels of the square that the backbone sees, view: how a frame becomes that
+    square ("crop" or "stretch"); blocks: numbers of the blocks it reads, norm: whether through
+    the final norm; setting: what was chosen or fixed; metrics: {"validation", "test"}."""
+    task: str
+    name: str
+    classes: tuple
+    size: int
+    view: str
+    blocks: tuple
+    norm: bool
+    setting: dict
+    metrics: dict
+    network: torch.nn.Module
+
+    def __call__(self, tokens):
+        """tokens (B, L, 1 + N, D) of its blocks, class token first -> a classifier: probabilities
+        (B, C) and labels (B,) on the CPU; a polyp head: float32 logits (B, h, w) of the square,
+        which heads.resize brings to the frame's own size."""
+        if self.task != "polyps":
+            tokens = tokens.float()
+            return self.network({"cls": tokens[:, :, 0], "patch": tokens[:, -1, 1:].mean(1)})
+        side = math.isqrt(tokens.shape[2] - 1)
+        return self.network(tokens.float(), (side, side)).float()
+
+
+def head_path(args, checkpoint, task, head):
+    """Where the head of a checkpoint is written: beside --out where that is given, otherwise beside the checkpoint. Of two
+    checkpoints of one name the folder's name stands before it."""
+    path = pathlib.Path(checkpoint)
+    same = [c for c in args.checkpoints if pathlib.Path(c).stem == path.stem]
+    stem = f"{path.resolve().parent.name}.{path.stem}" if args.out and len(same) > 1 else path.stem
+    return (pathlib.Path(args.out).parent if args.out else path.parent) / f"{stem}.{task}.{head.lower()}.pt"
+
+
+def save_head(path, model, network, *, task, head, classes, size, view, setting, metrics):
+    """Write the head `network` of `model` (see Head); setting and metrics hold plain values."""
+    last = getattr(network, "blocks", 1)
+    state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    vit.atomic_save({
+        "format": HEAD_FORMAT, "task": task, "head": head, "classes": list(classes), "size": size,
+        "view": view, "blocks": list(heads.blocks_of(head, model.depth, last)[0]),
+        "setting": setting, "metrics": metrics, "state": state, "state digest": digest(state),
+        "backbone": digest(model)}, path)
+
+
+def load_head(path, model):
+    """The Head in a file, on the device of `model`, whose head it must be.
+
+    Raises FileNotFoundError, or ValueError with one sentence: no head file, a damaged one, or
+    one that was fitted on another backbone."""
+    file = vit.read_checkpoint(path)
+    if not isinstance(file, dict) or file.get("format") != HEAD_FORMAT:
+        raise ValueError(f"{path} is no head: give a file <checkpoint>.<task>.<head>.pt, which the "
+                         "probes write beside their rows")
+    wanted = ("task", "head", "classes", "size", "view", "setting", "metrics", "blocks", "state")
+    missing = [name for name in (*wanted, "state digest", "backbone") if name not in file]
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    if file["backbone"] != digest(model):
+        raise ValueError(f"{path} was fitted on another backbone than {model.info['path']}: give "
+                         "the checkpoint that the probe was run with")
+    if file["state digest"] != digest(file["state"]):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written; run the "
+                         "probe again")
+    network = head_network(file, model).to(next(model.parameters()).device)
+    norm = heads.blocks_of(file["head"], model.depth)[1]
+    return Head(file["task"], file["head"], tuple(file["classes"]), file["size"], file["view"],
+                tuple(file["blocks"]), norm, file["setting"], file["metrics"],
+                network.eval().requires_grad_(False))
+
+
+def head_network(file, model):
+    """The network of a head file, with its tensors."""
+    state, setting, kind = file["state"], file["setting"], file["head"]
+    if kind == "knn":
+        return heads.Neighbours(len(file["classes"]), **state)
+    if file["task"] != "polyps":
+        return CLASSIFIERS[kind](setting["blocks"], setting["patch"], **state)
+    width = len(state["project.bias"]) if kind == "dpt" else 0
+    network = heads.new_polyp_head(kind, model.dim, model.depth, width)
+    network.load_state_dict(state)
+    return network
+
+
+@torch.no_grad()
+def run_heads(model, loaded, images, dtype=torch.float32):
+    """What several heads of one view and size say of a batch of frames, in one backbone pass.
+
+    images (B, 3, S, S) on the model's device, dtype as vit.precision gives it. Returns one answer
+    per head, in their order; see Head."""
+    wanted = sorted({block for head in loaded for block in head.blocks})
+    with vit.autocast(images.device, dtype):
+        raw = model.intermediate(images, wanted, norm=False)
+        tokens = {block: torch.cat([o["cls"][:, None], o["patches"]], 1)      # (B, 1 + N, D)
+                  for block, o in zip(wanted, raw)}
+        normed = {block: model.norm(tokens[block])
+                  for block in {b for head in loaded if head.norm for b in head.blocks}}
+    return [head(torch.stack([(normed if head.norm else tokens)[b] for b in head.blocks], 1))
+            for head in loaded]

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from frozen import (apply, architecture, arguments, backbones, best_on_validation, bootstrap_interval, frozen_features,
-                    mean_of, one_sentence, open_sets, per_split, report, summarise, test_sets, tested_frames)
+                    head_path, mean_of, one_sentence, open_sets, per_split, report, summarise, save_head, test_sets,
+                    tested_frames)
+from heads import Neighbours, Softmax, classifier_input, knn_probabilities
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,62 +117,29 @@ def minimise(objective, params, tolerance=1e-7, max_iter=2000):
         warnings.warn(f"L-BFGS stopped with a gradient entry of {worst:.1e} after {solver.state[params[0]]['n_iter']} iterations")
 
 
-def knn_probabilities(train_x, train_y, x, k=20, temp=0.07, n_classes=None):
-    """(n, n_classes) votes of the k nearest training frames by cosine, each weighing softmax(similarity / temp) (DINO, 2021).
-
-    k is cut to the number of training frames. Similarities are made for a slice of x at a time, to bound the memory.
-    """
-    if not len(train_x):
-        raise ValueError("knn needs at least one training frame")
-    n_classes = n_classes or int(train_y.max()) + 1
-    bank, x, train_y = F.normalize(train_x, dim=1), F.normalize(x, dim=1), train_y.to(x.device)
-    votes = x.new_zeros(len(x), n_classes)
-    rows = max(1, 2**25 // len(bank))
-    for i in range(0, len(x), rows):
-        similarity, nearest = (x[i:i + rows] @ bank.T).topk(min(k, len(bank)), dim=1)               # (rows, k)
-        weights = (similarity / temp).softmax(1)[..., None]                                         # (rows, k, 1)
-        votes[i:i + rows] = (F.one_hot(train_y[nearest], n_classes) * weights).sum(1)  # no scatter: the same twice on a GPU too
-    return votes
-
-
 def knn_predict(train_x, train_y, x, k=20, temp=0.07, n_classes=None):
     """Labels (n,) of knn_probabilities; the lowest class wins a tie."""
     return knn_probabilities(train_x, train_y, x, k, temp, n_classes).argmax(1)
 
 
-def standardised_input(features, rows, blocks, patch):
-    """A function (features, rows) -> (n, blocks*D [+ D]): the class tokens of the last `blocks` blocks, with the mean patch token
-    if `patch` (the four inputs of DINOv2's linear probe), every dimension standardised by the training `rows` given here.
-    """
-    def raw(features, rows):
-        x = features["cls"][rows, -blocks:].flatten(1)
-        return torch.cat([x, features["patch"][rows]], 1) if patch else x
-
-    x = raw(features, rows)
-    mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 0, std, 1.0)
-    return lambda features, rows: (raw(features, rows) - mean) / std
+def mean_std(x):
+    """Of every dimension of x (n, d); 1 for the deviation of a constant one."""
+    std = x.std(0, correction=0)
+    return x.mean(0), torch.where(std > 0, std, 1.0)
 
 
 def linear_head(features, y, rows, n_classes, blocks, patch, l2, weight=None):
-    """Fit on the frames `rows`; returns predict(features, rows) -> class probabilities (n, C), labels (n,), on the CPU."""
-    inputs = standardised_input(features, rows, blocks, patch)
-    head = fit_linear(inputs(features, rows), y[rows], n_classes, l2, weight)
-
-    def predict(features, rows):
-        p = head(inputs(features, rows)).softmax(1).cpu()
-        return p, p.argmax(1)
-    return predict
+    """The Softmax head fitted on the frames `rows`: head(features, rows) -> class probabilities
+    (n, C), labels (n,), on the CPU."""
+    x = classifier_input(features, rows, blocks, patch)                      # (n, d)
+    mean, std = mean_std(x)
+    fit = fit_linear((x - mean) / std, y[rows], n_classes, l2, weight)
+    return Softmax(blocks, patch, mean=mean, std=std, weight=fit.weight.data, bias=fit.bias.data)
 
 
 def knn_head(features, y, rows, n_classes):
-    """As linear_head: votes of the 20 nearest training frames, by the last block's class token."""
-    bank = features["cls"][rows, -1]
-
-    def predict(features, other):
-        p = knn_probabilities(bank, y[rows], features["cls"][other, -1], n_classes=n_classes).cpu()
-        return p, p.argmax(1)
-    return predict
+    """As linear_head: votes of the 20 nearest training frames."""
+    return Neighbours(n_classes, features["cls"][rows, -1], y[rows])
 
 
 def majority_head(features, y, rows, n_classes):
@@ -231,7 +200,7 @@ def differences(outcomes, pairs, sets, metrics, keys, seed):
     return rows
 
 
-def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
+def evaluate(args, task, labelled, other, heads, few_shot_head, metrics, keys, score):
     """Every row of the tables: results per backbone, head and test set, few-shot, differences. Features are computed once."""
     sets, n_classes, device = test_sets(labelled, other), len(labelled.classes), args.device
     y, results, shots, outcomes, pairs, arch_of = torch.from_numpy(labelled.labels), [], [], {}, [], {}
@@ -249,9 +218,14 @@ def evaluate(args, labelled, other, heads, few_shot_head, metrics, keys, score):
             features = [{k: v.to(device) for k, v in frozen_features(model, s.paths, device, args.size).items()} for _, s, _ in sets]
         for head, (fit, grid) in heads.items():
             chosen = [best_on_validation(fit, grid, features[0], y, s, n_classes, score) for s in labelled.splits]
-            test(name, head, [predict for predict, _ in chosen], features)
+            test(name, head, [predict for predict, *_ in chosen], features)
             for row in results[-len(sets):]:
-                row |= {"chosen on validation": [setting for _, setting in chosen], "step": model.info["step"]}
+                row |= {"chosen on validation": [setting for _, setting, _ in chosen], "step": model.info["step"]}
+            if name in map(str, args.checkpoints):
+                first, setting, value = chosen[0]
+                tested = per_split(metrics, y, outcomes[name, head, "same data"])[0]
+                save_head(head_path(args, name, task, head), model, first, task=task, head=head.lower(), classes=labelled.classes,
+                          size=args.size, view="crop", setting=setting, metrics={"validation": {keys[0]: value}, "test": tested})
         shots += [{"backbone": name, "step": model.info["step"]} | row
                   for row in few_shot(features[0], labelled, n_classes, few_shot_head, metrics, keys, args.seed)]
         arch_of[name] = architecture(model)
@@ -275,7 +249,7 @@ def main(argv=None):
     args = arguments(__doc__, "anatomical landmarks (HyperKvasir, or one folder per class)").parse_args(argv)
     labelled, other = open_sets(args, "landmarks")
     few_shot_head = functools.partial(linear_head, **FEW_SHOT)
-    rows = evaluate(args, labelled, other, HEADS, few_shot_head, landmark_metrics(labelled.classes), ["accuracy", "macro F1"], macro_f1)
+    rows = evaluate(args, "landmarks", labelled, other, HEADS, few_shot_head, landmark_metrics(labelled.classes), ["accuracy", "macro F1"], macro_f1)
     return report(args, "Anatomical landmarks", rows, labelled, other, "macro F1 over all classes, an absent class counting 0", "landmarks")
 
 

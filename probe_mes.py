@@ -19,8 +19,9 @@ import torch.nn.functional as F
 import figures
 import vit
 from frozen import arguments, extract, markdown_table, one_sentence, open_sets, report
-from probe_classify import (FEW_SHOT, GRID, accuracy, confusion, evaluate, knn_head, linear_head, macro_f1, minimise,
-                            standardised_input, whitening)
+from heads import Ordinal, classifier_input
+from probe_classify import (FEW_SHOT, GRID, accuracy, confusion, evaluate, knn_head, linear_head, macro_f1, mean_std,
+                            minimise, whitening)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,15 +115,12 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
 
 
 def ordinal_head(features, y, rows, n_classes, blocks, patch, l2, power):
-    """One direction and ordered thresholds. The label is the median grade: the first c with P(y <= c) >= 1/2."""
-    inputs = standardised_input(features, rows, blocks, patch)
-    w, theta = fit_ordinal(inputs(features, rows), y[rows], n_classes, l2, balance(y[rows], n_classes, power))
-
-    def predict(features, rows):
-        below = torch.sigmoid(theta - (inputs(features, rows).double() @ w)[:, None]).cpu()         # (n, C - 1)
-        at_most = F.pad(F.pad(below, (1, 0)), (0, 1), value=1.0)                                    # (n, C + 1): from 0 to 1
-        return at_most.diff(dim=1).float(), (below < 0.5).sum(1)
-    return predict
+    """The Ordinal head: one direction and ordered thresholds."""
+    x = classifier_input(features, rows, blocks, patch)                      # (n, d)
+    mean, std = mean_std(x)
+    weight = balance(y[rows], n_classes, power)
+    w, theta = fit_ordinal((x - mean) / std, y[rows], n_classes, l2, weight)
+    return Ordinal(blocks, patch, mean=mean, std=std, direction=w, thresholds=theta)
 
 
 BALANCED_GRID = [setting | {"power": power} for setting, power in itertools.product(GRID, (1, 0))]
@@ -167,7 +165,8 @@ def curve(run, labelled, device, size, out):
     losses = [(r["step"], r["loss"]) for r in log if "loss" in r]
     online = [(r["step"] + 1, r["probe"]["kappa"]) for r in log if "probe" in r]  # of the teacher after that step, as in teacher_<step>.pt
     rows = []
-    for path in sorted(run.glob("teacher_*.pt"), key=lambda p: int(p.stem.split("_")[1])):
+    teachers = [p for p in run.glob("teacher_*.pt") if p.stem.removeprefix("teacher_").isdigit()]  # no heads of theirs
+    for path in sorted(teachers, key=lambda p: int(p.stem.removeprefix("teacher_"))):
         with one_sentence():
             model = vit.load_backbone(path, device)
             rows.append({"checkpoint": str(path), "step": model.info["step"]} | online_score(model, labelled, device, size))
@@ -199,7 +198,7 @@ def main(argv=None):
     if args.histogram:
         return histogram(labelled, args.out)
     few_shot_head = functools.partial(linear_head, **FEW_SHOT)
-    rows = evaluate(args, labelled, other, HEADS, few_shot_head, mes_metrics(labelled.classes), ["kappa", "macro F1", "accuracy"],
+    rows = evaluate(args, "mes", labelled, other, HEADS, few_shot_head, mes_metrics(labelled.classes), ["kappa", "macro F1", "accuracy"],
                     quadratic_kappa)
     stand_in = "" if len(labelled.classes) == 4 else ", three grades only: a smaller stand-in for the four of LIMUC"
     return report(args, f"Mayo endoscopic score{stand_in}", rows, labelled, other,

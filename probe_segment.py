@@ -21,18 +21,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 import data
 import figures
 import vit
-from frozen import (architecture, arguments, backbones, bootstrap_interval, fingerprint, markdown_table, one_sentence,
-                    open_sets, write_rows)
+from frozen import (architecture, arguments, backbones, bootstrap_interval, fingerprint, head_path, markdown_table,
+                    one_sentence, open_sets, save_head, write_rows)
+from heads import DPTHead, LinearHead, blocks_of, new_polyp_head, resize
 
 HEADS = {"linear": "linear", "boosted": "boosted linear", "dpt": "DPT"}
 LEARNING_RATES = {"linear": (1e-3, 1e-2), "boosted": (1e-3, 1e-2), "dpt": (2e-4, 1e-3)}  # the validation frames choose
-DPT_BLOCKS = {24: (4, 11, 17, 23)}  # DINOv2's choice for ViT-L; for the other depths it takes the last block of each quarter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,124 +59,6 @@ def pranet_dice_iou(probability, true):
     overlap, false_alarms = at_least                                                                  # (256,) pixels >= t
     dice = 2 * overlap / (overlap + false_alarms + true.sum()).clamp(min=1)
     return dice.mean().item(), (overlap / (false_alarms + true.sum()).clamp(min=1)).mean().item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads: tokens (B, L, 1 + N, D) of L blocks, class token first, and their grid (h, w) -> one polyp logit per cell
-
-
-def resize(x, size, align_corners=False):
-    """F.interpolate(x, size, mode="bilinear") of (..., h, w) as two matrix products: their backward pass repeats exactly on GPUs."""
-    def weights(n_in, n_out):
-        identity = torch.eye(n_in, device=x.device)[None]
-        return F.interpolate(identity, n_out, mode="linear", align_corners=align_corners)[0].to(x.dtype)  # (n_in, n_out)
-    return weights(x.shape[-2], size[0]).T @ (x @ weights(x.shape[-1], size[1]))
-
-
-class LinearHead(nn.Module):
-    """Batch norm and a 1x1 convolution (one linear map) on the patch tokens of one or several blocks: DINOv2's BNHead."""
-
-    def __init__(self, dim, levels):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(levels * dim)
-        self.classify = nn.Linear(levels * dim, 1)
-        nn.init.normal_(self.classify.weight, std=0.01)
-        nn.init.zeros_(self.classify.bias)
-
-    def forward(self, tokens, grid):
-        x = tokens[:, :, 1:].transpose(1, 2).flatten(2)                                 # (B, N, L * D)
-        return self.classify(self.norm(x.flatten(0, 1))).view(len(x), *grid)            # (B, h, w)
-
-
-def conv3(n_in, n_out, **options):
-    return nn.Conv2d(n_in, n_out, kernel_size=3, padding=1, **options)
-
-
-class Reassemble(nn.Module):
-    """The tokens of one block as a map of `width` channels, `scale` times as fine as the patch grid (DPT section 3.1).
-
-    The class token is read out by projection: joined to every patch token and mapped back to D."""
-
-    def __init__(self, dim, width, scale, channels):
-        super().__init__()
-        self.readout = nn.Linear(2 * dim, dim)
-        self.project = nn.Conv2d(dim, width, kernel_size=1)
-        self.rescale = {4: lambda: nn.ConvTranspose2d(width, width, kernel_size=4, stride=4),
-                        2: lambda: nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-                        1: nn.Identity,
-                        0.5: lambda: conv3(width, width, stride=2)}[scale]()
-        self.reduce = conv3(width, channels, bias=False)
-
-    def forward(self, tokens, grid):
-        cls, patches = tokens[:, :1], tokens[:, 1:]
-        x = F.gelu(self.readout(torch.cat([patches, cls.expand_as(patches)], dim=-1)))  # (B, N, D)
-        x = self.project(x.transpose(1, 2).unflatten(2, grid))                          # (B, width, h, w)
-        return self.reduce(self.rescale(x))                                             # (B, channels, scale * h, scale * w)
-
-
-class ResidualUnit(nn.Module):
-    """Two pre-activated convolutions beside the identity."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1, self.conv2 = conv3(channels, channels, bias=False), conv3(channels, channels, bias=False)
-
-    def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
-
-
-class Fusion(nn.Module):
-    """Joins a level with what came from the deeper ones, and doubles the resolution. The deepest level has nothing to join."""
-
-    def __init__(self, channels, deepest):
-        super().__init__()
-        self.unit1 = None if deepest else ResidualUnit(channels)
-        self.unit2 = ResidualUnit(channels)
-        self.project = nn.Conv2d(channels, channels, kernel_size=1)
-
-    def forward(self, level, deeper=None):
-        if deeper is not None:  # an odd grid, halved and doubled, is one cell larger than the level
-            level = deeper + self.unit1(resize(level, deeper.shape[-2:]))
-        return self.project(double(self.unit2(level)))
-
-
-def double(x):
-    return resize(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)
-
-
-class DPTHead(nn.Module):
-    """Dense prediction transformer (Ranftl et al. 2021) as DINOv2 sets it up for depth, with one polyp logit for output.
-
-    Four levels at 4, 2, 1 and 1/2 times the patch grid, fused deepest first; the logits are 16 times as fine as the grid."""
-
-    def __init__(self, dim, channels=256):
-        super().__init__()
-        self.levels = nn.ModuleList(Reassemble(dim, dim // part, scale, channels) for part, scale in ((8, 4), (4, 2), (2, 1), (1, 0.5)))
-        self.fusions = nn.ModuleList(Fusion(channels, deepest=i == 3) for i in range(4))
-        self.project = conv3(channels, channels)
-        self.conv1 = conv3(channels, channels // 2)
-        self.conv2 = conv3(channels // 2, 32)
-        self.classify = nn.Conv2d(32, 1, kernel_size=1)
-
-    def forward(self, tokens, grid):
-        x = None
-        for i in (3, 2, 1, 0):
-            x = self.fusions[i](self.levels[i](tokens[:, i], grid), x)  # (B, channels, 8h, 8w) after level 0
-        x = double(self.conv1(F.relu(self.project(x))))                 # (B, channels / 2, 16h, 16w)
-        return self.classify(F.relu(self.conv2(x)))[:, 0]               # (B, 16h, 16w)
-
-
-def blocks_of(kind, depth):
-    """Which blocks a head reads, and whether through the final norm."""
-    if kind == "dpt":
-        return DPT_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))), False
-    return tuple(range(max(depth - (4 if kind == "boosted" else 1), 0), depth)), True
-
-
-def new_head(kind, model, channels):
-    if kind == "dpt":
-        return DPTHead(model.dim, channels)
-    return LinearHead(model.dim, len(blocks_of(kind, model.depth)[0]))
 
 
 def logits(head, tokens, size):
@@ -361,7 +242,7 @@ def choose_head(args, model, kind, labelled):
     for lr in LEARNING_RATES[kind]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            head = new_head(kind, model, args.dpt_channels).to(device)
+            head = new_polyp_head(kind, model.dim, model.depth, args.dpt_channels).to(device)
         fit_head(head, train, masks, lr, args.steps, args.batch, args.seed)
         trained.append((validate(head, val, val_masks), lr, head))
     dice, lr, head = max(trained, key=lambda t: t[0])
@@ -405,6 +286,11 @@ def evaluate(args, labelled, sets, base):
             sizes = [round(args.sizes[kind] * s / 14) * 14 for s in (args.scales if kind == "boosted" else [1])]
             test(name, HEADS[kind], lambda image, shape: predict(model, head, kind, image, shape, sizes, mirror=kind == "boosted"),
                  {"chosen on validation": chosen, "test sizes": sizes, "step": model.info["step"]})
+            if name in map(str, args.checkpoints):
+                tested = {k: v for k, v in next(r for r in reversed(rows) if r["tested on"] == sets[0][0]).items() if isinstance(v, float)}
+                save_head(head_path(args, name, "polyps", kind), model, head, task="polyps", head=kind, classes=labelled.classes,
+                          size=args.sizes[kind], view="stretch", setting=chosen | {"test sizes": sizes},
+                          metrics={"validation": {"Dice": chosen["validation Dice"]}, "test": tested})
     pairs = [(str(c), f"random initialisation ({arch_of[str(c)]})") for c in args.checkpoints]
     return rows + differences(scores, pairs, sets, args.seed)
 

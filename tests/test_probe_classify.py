@@ -207,13 +207,15 @@ def planted_features(n=40, dim=8, n_blocks=4, seed=0):
 def test_linear_inputs_are_standardised_by_training_rows_alone(blocks, patch, width):
     features, rows = planted_features(), np.arange(25)
     features["cls"][:25, :, 2] = 7.0  # constant in training
-    inputs = pc.standardised_input(features, rows, blocks, patch)
+    y = torch.arange(40) % 2
+    inputs = pc.linear_head(features, y, rows, 2, blocks, patch, 1.0).inputs
     x = inputs(features, rows)
     assert x.shape == (25, width) and x.isfinite().all() and inputs(features, np.arange(40)).isfinite().all()
     assert x.mean(0).abs().max() < 1e-6 and set(x.std(0, correction=0).round(decimals=4).tolist()) <= {0.0, 1.0}
     before = inputs(features, np.arange(5))
     features["cls"][30:] = 1e6
-    assert torch.equal(before, pc.standardised_input(features, rows, blocks, patch)(features, np.arange(5)))
+    again = pc.linear_head(features, y, rows, 2, blocks, patch, 1.0)
+    assert torch.equal(before, again.inputs(features, np.arange(5)))
     last = (features["cls"][:5, -1] - features["cls"][:25, -1].mean(0))[:, 0]
     assert torch.corrcoef(torch.stack([last, before[:, (blocks - 1) * 8]]))[0, 1] > 0.9999  # the last block's token stands last
 
@@ -222,7 +224,7 @@ def test_choice_reads_validation_labels_alone():
     features = planted_features(90, seed=1)
     y = (features["cls"][:, 0, 0] > 0).long()  # readable from the first of the four blocks only
     split = data.Split(np.arange(40), np.arange(40, 65), np.arange(65, 90))
-    _, setting = frozen.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1)
+    _, setting, _ = frozen.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1)
     assert setting["blocks"] == 4
     poisoned = y.clone()
     poisoned[split.test] = 1 - y[split.test]

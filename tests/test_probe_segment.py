@@ -242,7 +242,7 @@ def test_training_mirrors_the_mask_with_the_view():
 def test_mirrored_frame_gives_mirrored_prediction(kind):
     model = tiny_vit()
     torch.manual_seed(0)
-    head = seg.new_head(kind, model, 8).eval()
+    head = seg.new_polyp_head(kind, model.dim, model.depth, 8).eval()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     with_mirror, plain = ([seg.predict(model, head, kind, i, (40, 50), (28, 42), mirror) for i in (image, flipped)] for mirror in (True, False))

@@ -1,0 +1,161 @@
+"""frozen.py: heads through their files, and what is refused."""
+import numpy as np
+import pytest
+import torch
+
+import data
+import frozen
+import heads
+import probe_classify as pc
+import probe_mes as mes
+import probe_segment as seg
+import vit
+from test_probe_classify import hyper_kvasir, tiny_vit
+from test_probe_mes import limuc
+from test_probe_segment import SMALL, disc_tree
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A checkpoint, three labelled sets, and every head that the three probes write for it."""
+    root = tmp_path_factory.mktemp("heads")
+    vit.save_backbone(root / "teacher_7.pt", tiny_vit(seed=5), None, step=7)
+    hyper_kvasir(root / "landmarks")
+    limuc(root / "mes")
+    disc_tree(root / "polyps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        interval = frozen.bootstrap_interval
+        for module in (frozen, pc):
+            patch.setattr(module, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 5}))
+        patch.setattr(pc, "HEADS", {"kNN": (pc.knn_head, [{}]), "linear": (pc.linear_head, pc.GRID[6:8])})
+        grid = [setting | {"power": 1} for setting in pc.GRID[6:8]]
+        patch.setattr(mes, "HEADS", {"softmax": (mes.softmax_head, grid), "ordinal": (mes.ordinal_head, grid)})
+        common = ["teacher_7.pt", "--device", "cpu", "--data"]
+        pc.main([*common, "landmarks", "--splits", "2"])
+        mes.main([*common, "mes", "--splits", "2", "--size", "56"])
+        seg.main([*common, "polyps", *SMALL, "--heads", "linear", "boosted", "dpt"])
+    return root
+
+
+def model_of(work):
+    return vit.load_backbone(work / "teacher_7.pt").requires_grad_(False)
+
+
+def test_a_head_for_each_task_and_kind(work):
+    assert sorted(p.name for p in work.glob("teacher_7.*.*.pt")) == [
+        f"teacher_7.{name}.pt" for name in ("landmarks.knn", "landmarks.linear", "mes.ordinal", "mes.softmax",
+                                            "polyps.boosted", "polyps.dpt", "polyps.linear")]
+    for path in work.glob("teacher_7.*.*.pt"):
+        file = torch.load(path, weights_only=True)
+        assert file["format"] == "endodino-head-1" and f"teacher_7.{file['task']}.{file['head']}.pt" == path.name
+        assert file["backbone"] == frozen.digest(model_of(work)) and set(file["metrics"]) == {"validation", "test"}
+
+
+@pytest.mark.parametrize("task, name, fit, score", [
+    ("landmarks", "knn", pc.knn_head, pc.macro_f1), ("landmarks", "linear", pc.linear_head, pc.macro_f1),
+    ("mes", "softmax", mes.softmax_head, mes.quadratic_kappa), ("mes", "ordinal", mes.ordinal_head, mes.quadratic_kappa)])
+def test_a_classifier_is_the_probes_bit_for_bit(work, task, name, fit, score):
+    model, labelled = model_of(work), data.open_labelled(work / task, task)
+    loaded = frozen.load_head(work / f"teacher_7.{task}.{name}.pt", model)
+    features = frozen.extract(model, labelled.paths, "cpu", loaded.size)
+    y, split, n = torch.from_numpy(labelled.labels), labelled.splits[0], len(labelled.classes)
+    fitted = fit(features, y, split.train, n, **loaded.setting)
+    assert fitted.state_dict().keys() == loaded.network.state_dict().keys()
+    assert all(torch.equal(t, loaded.network.state_dict()[k]) for k, t in fitted.state_dict().items())
+    assert (loaded.classes, loaded.view, loaded.norm) == (labelled.classes, "crop", True)
+    assert loaded.metrics["validation"].popitem()[1] == score(y[split.val], fitted(features, split.val)[1], n)
+    expected = fitted(features, split.test)
+    for batch in (1, 8):  # through the backbone anew, as in live use
+        found = [frozen.run_heads(model, [loaded], frozen.read_batch(paths, loaded.size))[0]
+                 for paths in np.array_split([labelled.paths[i] for i in split.test], -(-len(split.test) // batch))]
+        probability, label = (torch.cat(parts) for parts in zip(*found))
+        torch.testing.assert_close(probability, expected[0], rtol=0, atol=1e-5)
+        assert torch.equal(label, expected[1])
+
+
+@pytest.mark.parametrize("kind", ["linear", "boosted", "dpt"])
+def test_a_polyp_head_is_the_probes(work, kind):
+    model, labelled = model_of(work), data.open_labelled(work / "polyps", "polyps")
+    loaded = frozen.load_head(work / f"teacher_7.polyps.{kind}.pt", model)
+    assert (loaded.blocks, loaded.norm) == heads.blocks_of(kind, 4) and loaded.view == "stretch"
+    args = seg.parse(["--data", str(work / "polyps"), "--features", str(work / "features"), *SMALL])
+    again, chosen = seg.choose_head(args, model, kind, labelled)
+    assert all(torch.equal(t, loaded.network.state_dict()[k]) for k, t in again.state_dict().items())
+    assert loaded.setting["lr"] == chosen["lr"] and loaded.size == args.sizes[kind]
+    frame = data.read_image(labelled.paths[0])
+    low, = frozen.run_heads(model, [loaded], seg.square(frame, loaded.size)[None])
+    shape = frame.height, frame.width
+    expected = seg.predict(model, again, kind, frame, shape, [loaded.size])
+    torch.testing.assert_close(heads.resize(low, shape)[0].sigmoid(), expected, rtol=0, atol=1e-5)
+
+
+def test_heads_of_one_view_share_a_pass(work, monkeypatch):
+    model = model_of(work)
+    loaded = [frozen.load_head(work / f"teacher_7.{name}.pt", model)
+              for name in ("landmarks.knn", "landmarks.linear", "mes.ordinal", "polyps.linear", "polyps.dpt")]
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    alone = [frozen.run_heads(model, [head], images)[0] for head in loaded]
+    calls, intermediate = [], model.intermediate
+    monkeypatch.setattr(model, "intermediate", lambda *a, **k: calls.append(1) or intermediate(*a, **k))
+    together = frozen.run_heads(model, loaded, images)
+    assert len(calls) == 1
+    for a, b in zip(alone, together):
+        for x, y in zip(a, b) if isinstance(a, tuple) else [(a, b)]:
+            assert torch.equal(x, y)
+    assert [o.shape for o in together[3:]] == [(3, 2, 2), (3, 32, 32)] and together[2][0].shape == (3, 4)
+
+
+def test_digest_knows_every_tensor_and_no_place():
+    first, again, other = tiny_vit(), tiny_vit(), tiny_vit(seed=1)
+    assert frozen.digest(first) == frozen.digest(again) != frozen.digest(other)
+    again.heads = 2  # in no tensor's shape
+    assert frozen.digest(first) != frozen.digest(again)
+    with torch.no_grad():
+        first.blocks[3].mlp.fc2.bias[5] += 1e-3
+    assert frozen.digest(first) != frozen.digest(tiny_vit())
+
+
+def test_one_sentence_for_what_is_no_head_of_this_backbone(work, tmp_path):
+    def sentence(path, model):
+        with pytest.raises(ValueError) as stop:
+            frozen.load_head(path, model)
+        assert "\n" not in str(stop.value)
+        return str(stop.value)
+
+    model, head = model_of(work), work / "teacher_7.landmarks.linear.pt"
+    vit.save_backbone(tmp_path / "other.pt", tiny_vit(seed=6), None)
+    other = vit.load_backbone(tmp_path / "other.pt")
+    assert "another backbone than" in (words := sentence(head, other)) and "other.pt" in words
+    assert "is no head: give a file <checkpoint>.<task>.<head>.pt" in sentence(work / "teacher_7.pt", model)
+    whole = head.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    assert "cut.pt is truncated" in sentence(tmp_path / "cut.pt", model)
+    file = torch.load(head, weights_only=True)
+    weight = file["state"]["weight"].numpy().tobytes()
+    place = whole.index(weight)  # a block that the disk lost: the file opens as ever
+    (tmp_path / "zeros.pt").write_bytes(whole[:place] + bytes(len(weight)) + whole[place + len(weight):])
+    assert "zeros.pt is damaged: its tensors are not those that were written" in sentence(tmp_path / "zeros.pt", model)
+    for missing in file:
+        if missing != "format":
+            torch.save({k: v for k, v in file.items() if k != missing}, tmp_path / "part.pt")
+            assert f"part.pt is damaged: it lacks {missing}" in sentence(tmp_path / "part.pt", model)
+    with pytest.raises(FileNotFoundError, match="absent.pt"):
+        frozen.load_head(tmp_path / "absent.pt", model)
+    with pytest.raises(ValueError, match="holds no backbone"):
+        vit.load_backbone(head)
+
+
+def test_the_curve_passes_over_heads(work, monkeypatch):
+    monkeypatch.chdir(work)
+    (work / "log.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 6, "loss": 1.0}\n')
+    rows = mes.main(["--curve", ".", "--data", "mes", "--device", "cpu"])
+    assert [row["checkpoint"] for row in rows] == ["teacher_7.pt"]
+
+
+def test_checkpoints_of_one_name_have_heads_of_their_own(tmp_path):
+    args = pc.arguments("x", "x").parse_args(["a/best.pt", "b/best.pt", "c.pt"])
+    assert str(frozen.head_path(args, "a/best.pt", "mes", "kNN")) == "a/best.mes.knn.pt"
+    args.out = "tables/r.json"
+    assert [str(frozen.head_path(args, c, "mes", "kNN")) for c in args.checkpoints] == [
+        "tables/a.best.mes.knn.pt", "tables/b.best.mes.knn.pt", "tables/c.mes.knn.pt"]

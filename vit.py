@@ -453,7 +453,8 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=518, help="px of the longer side, as the network gets it; more shows finer detail")
     args = parser.parse_args(argv)
     try:
-        figures.tokens(load_backbone(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu"), args.images, args.show, args.size)
+        model = load_backbone(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+        figures.tokens({args.checkpoint: model}, args.images, args.show, args.size)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(f"wrote {args.show}")

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 import figures
+from vit import build_vit
 
 YELLOW = (255, 230, 0)
 
@@ -14,7 +15,7 @@ def where(image, colour):
     return np.argwhere((np.asarray(image.convert("RGB")) == colour).all(-1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # What the heads say
 
 
@@ -80,3 +81,53 @@ def test_timeline_of_next_to_nothing(tmp_path, times, values):
 def test_clock_writes_few_round_times(span, expected):
     words = list(figures.clock(*span, True).values())
     assert " ".join(words).startswith(expected) and (len(words) <= 10 or span[1] > 36000)
+
+
+# -----------------------------------------------------------------------------------------------
+# Pages of pictures
+
+
+def test_grid_puts_every_picture_below_its_caption_and_beside_its_neighbour():
+    red, blue = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (20, 50), "blue")
+    page = figures.grid([[("", red), ("", blue)], [], [("two\nlines", blue), ("", red)]], gap=5)
+    # 5 + 50 + (2 lines of 12 and 4) + 5 + 50 + 5; 5 + 40 + 5 + 20 + 5
+    assert page.size == (75, 5 + 50 + 5 + 28 + 50 + 5)
+    assert page.getpixel((5, 5)) == page.getpixel((44, 34)) == (255, 0, 0)
+    assert page.getpixel((50, 5)) == page.getpixel((5, 88)) == page.getpixel((24, 137)) == (0, 0, 255)
+    assert page.getpixel((30, 88)) == (255, 0, 0)
+    assert page.crop((0, 60, 75, 88)).getextrema()[0][0] < 100  # the words
+
+
+def test_grid_is_wide_enough_for_its_words_and_keeps_columns():
+    dot = Image.new("RGB", (10, 10))
+    assert figures.grid([[("a caption that is longer than its picture", dot)]]).width > 150
+    assert figures.grid([[("", dot), ("", dot)]], width=100).getpixel((104, 5)) == (0, 0, 0)
+
+
+def test_contact_sheet_leaves_a_frame_white_that_cannot_be_read(tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+
+    class Frames:
+        path = staticmethod(lambda i: tmp_path / ("good.png", "bad.png")[i])
+
+    groups = [("kept: 2", np.array([0, 1])), ("dropped: 0", np.array([], int))]
+    figures.contact_sheet(tmp_path / "new" / "sheet.png", Frames, groups, side=40)
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.size == (2 + 2 * 42, 2 + 16 + 40 + 2)
+        assert sheet.getpixel((20, 40)) == (255, 0, 0) and sheet.getpixel((62, 40)) == (255, 255, 255)
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["sheet.png"]
+
+
+def test_tokens_of_two_models_stand_side_by_side(tmp_path):
+    models = {name: build_vit("vitt14", depth=2, image_size=28).eval() for name in ("a.pt", "b.pt")}
+    Image.radial_gradient("L").resize((56, 28)).save(tmp_path / "i.png")
+    mask = np.zeros((28, 56), bool)
+    mask[:14, :28] = True
+    figures.tokens(models, [tmp_path / "i.png"], tmp_path / "o.png", size=56, tile=224, masks=[mask])
+    with Image.open(tmp_path / "o.png") as picture:
+        assert picture.size == (4 + 5 * 228, 4 + 28 + 112 + 4)
+        rows, columns = where(picture, YELLOW).T
+    assert (rows.max(), columns.max()) == (32 + 55, 4 + 111)  # the mask's corner, on the image alone
+    with pytest.raises(ValueError):
+        figures.tokens(models, [tmp_path / "i.png"], tmp_path / "o.png", masks=[mask, mask])

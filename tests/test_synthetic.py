@@ -276,4 +276,4 @@ def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkey
 
 def test_contact_sheet(tiny, tmp_path):
     figures.synthetic_set(tiny, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 112
+    assert Image.open(tmp_path / "sheet.png").size[0] == 6 * (112 + 2) + 2

@@ -331,8 +331,9 @@ def test_show_writes_a_picture_of_images_of_any_shape(tmp_path, capsys):
     files = [str(tmp_path / name) for name in ("b.pt", "wide one.png", "tall.jpg")]
     main([*files, "--show", str(tmp_path / "out.png"), "--size", "84"])
     with Image.open(tmp_path / "out.png") as picture:
-        assert picture.size == (4 * 280, 16 + 4 * 2 + 184 + 276)                  # 84 x 56 px and 42 x 84 px, scaled to 276
-        assert len(picture.crop((284, 300, 400, 400)).getcolors()) > 3            # patches of the second image differ
+        # Four columns and two rows of 280 px on the longer side, 4 px apart, under a line of titles
+        assert picture.size == (4 * 284 + 4, 4 + 16 + 187 + 4 + 280 + 4)
+        assert len(picture.crop((288, 300, 400, 400)).getcolors()) > 3            # patches of the second image differ
     for bad in ([files[1], files[2]], [files[0], str(tmp_path / "absent.png")]):
         with pytest.raises(SystemExit, match=bad[1] if "absent" in bad[1] else "not a PyTorch checkpoint"):
             main([*bad, "--show", str(tmp_path / "x.png")])

@@ -10,6 +10,7 @@ from PIL import Image
 
 import augment
 import data
+import shards
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_shard_is_indexed_once(folder, tmp_path, monkeypatch, capsys):
     shard = pack(folder, tmp_path / "frames.tar")
     data.Frames(shard)
     assert (tmp_path / "frames.tar.index.npy").is_file()
-    monkeypatch.setattr(data, "index_shard", lambda shard: pytest.fail("indexed twice"))
+    monkeypatch.setattr(shards, "index_shard", lambda shard: pytest.fail("indexed twice"))
     data.shard_index.cache_clear()
     assert len(data.Frames(shard)) == 6
     monkeypatch.undo()

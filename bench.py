@@ -7,14 +7,25 @@ Candidates of one table run in turn (A B A B ...) in one process; the median is 
 machine's speed drifts. Peak memory is what a call needs beyond what was already held.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import os
 import platform
 import statistics
 import time
+from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import augment
+import dino
+import dino_loss
+import pretrain
+import vit
+from custom_kernels import say_once
 
 
 def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
@@ -528,102 +539,215 @@ def event_seconds(candidates, runs):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense tensor-core FLOP/s, by the makers' data sheets
+CASES = {  # letter -> flags of pretrain.py; A to D end in minutes on a CPU, E to G are for GPUs
+    "A": "--arch vitt14 --recipe demo",
+    "B": "--arch vits14 --recipe demo --batch 16",
+    "C": "--arch vits14 --recipe demo --batch 8 --global-size 224 --local-size 98",
+    "D": "--arch vits14 --recipe demo --batch 16 --prototypes 2048",
+    "E": "--arch vits14 --recipe scratch",
+    "F": "--arch vitb14 --recipe scratch",
+    "G": "--arch vitl14 --recipe scratch",
+}
+VARIANTS = {  # name -> (flags of pretrain.py, ENDODINO_ATTENTION)
+    "float32": ("--precision fp32", "auto"),
+    "bf16, the library's attention": ("--precision bf16", "sdpa"),
+    "bf16": ("--precision bf16", "auto"),
+    "bf16, compiled": ("--precision bf16 --compile", "auto"),
+}
 
 
 @command
 def bench_step(argv):
-    """ms, images/s, FLOP/s and peak memory of a whole pre-training step, and of its parts."""
+    """images/s of a whole pre-training step by number type, attention and compiler; the share of each part; the floor."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.py step", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog="Further flags are those of pretrain.py.")
-    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vits14", "vitb14", "vitl14"] if cuda else ["vitt14", "vits14"],
-                        help="architectures")
-    parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed steps of each architecture")
+    parser = argparse.ArgumentParser(
+        prog="bench.py step", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Further flags are those of pretrain.py, for every case.\n\ncases:\n"
+               + "\n".join(f"  {letter}  {flags}" for letter, flags in CASES.items()))
+    flag = parser.add_argument
+    flag("--cases", nargs="+", choices=CASES, default=list("EFG" if cuda else "ABCD"), metavar="LETTER",
+         help="rows of the list below (E F G on a GPU, else A B C D)")
+    flag("--archs", nargs="+", metavar="ARCH", help="architectures, instead of the cases")
+    flag("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+         help="in quotes, of: " + "; ".join(VARIANTS) + " (all)")
+    flag("--runs", type=int, default=20 if cuda else 5, help="timed steps of each variant (20 on a GPU, else 5)")
     args, flags = parser.parse_known_args(argv)
-    rows = [step_row(arch, args.runs, flags) for arch in args.archs]
-    table("A pre-training step and its parts", list(rows[0]), [row.values() for row in rows])
+    cases = [CASES[letter].split() for letter in args.cases]
+    if args.archs:
+        cases = [["--arch", arch] for arch in args.archs]
+    for case in cases:
+        step_tables([*case, *flags], args.variants, args.runs)
 
 
-def step_row(arch, runs, flags):
-    """{column: cell} of one architecture under these flags of pretrain.py."""
-    from torch.utils.flop_counter import FlopCounterMode
-    import pretrain
+def step_tables(flags, variants, runs):
+    """One case: the variants' steps in turn, and what the steps of the eager ones are made of."""
+    trainers, first = {name: Trainer(flags, *VARIANTS[name]) for name in variants}, {}
+    for name, trainer in trainers.items():
+        first[name] = seconds({"step": trainer.step}, runs=1, warmup=0)["step"]
+    t = seconds({name: trainer.step for name, trainer in trainers.items()}, runs)
 
-    run = pretrain.parse(["--arch", arch, "--resume", "no", "--steps", str(2 * runs + 8), *flags])
-    device, cuda = torch.device(run.device), torch.cuda.is_available()
-    frames = pretrain.open_frames(run, print)
-    model = pretrain.build_model(run, print).train()
-    pretrain.distribute(model, run, device, world=1)
-    optimizer, autocast = pretrain.make_optimizer(model, run), pretrain.autocast_for(run, device)
-    schedules = pretrain.make_schedules(run, run.batch)
-    batches, clock = pretrain.make_batches(run, frames, 0, 0, 1, device), Clock()
-
-    def load(step):
-        raw = next(batches)
-        clock("input wait")
-        batch = pretrain.augment.augment(raw, device)
-        batch["kept"] = pretrain.draw_kept(model, batch, run.seed, step, 0)
-        clock("colour half of the crops")
-        return batch, {name: values[step] for name, values in schedules.items()}
-
-    def whole(step):
-        return pretrain.train_step(model, optimizer, *load(step), run.clip, autocast)
-
-    whole(0)
-    with FlopCounterMode(display=False) as counter:
-        whole(1)
-    held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    peak = held + peak_bytes(lambda: whole(2))
-    for step in range(3, 4 + runs):
-        if step == 4:  # the first was to warm up
-            clock.parts.clear()
-        step_in_parts(model, optimizer, *load(step), run.clip, autocast, clock)
-    parts, steps = clock.medians(), iter(range(4 + runs, run.steps))
-    parts["student and losses"] -= parts["teacher and its targets"]  # its forward pass runs the teacher too
-    step_s = seconds({"step": lambda: whole(next(steps))}, runs, warmup=1)["step"]
-    rate = counter.get_total_flops() / step_s
-    known = next((p for name, p in PEAK_BF16.items() if cuda and name in device_name()), None)
-    return {"architecture": arch, "crops": f"{run.global_size} and {run.local_crops} x {run.local_size} px", "K": run.prototypes,
-            "frames": run.batch, "step ms": f"{step_s * 1e3:.0f}", "frames/s": f"{run.batch / step_s:.1f}",
-            **{f"{name} ms": f"{s * 1e3:.1f}" for name, s in parts.items()}, "peak GiB": f"{peak / 2**30:.1f}",
-            "TFLOP/s (of peak)": f"{rate / 1e12:.3g}" + (f" ({rate / known:.0%})" if known else "")}
+    run, device, flops = trainer.run, trainer.device, trainer.flops()
+    rates = {dtype: product_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    rows = []
+    for name, s in t.items():
+        floor = flops / rates[trainers[name].dtype]
+        rows.append([name, f"{s * 1e3:.0f}", f"{run.batch / s:.2f}", f"{t[variants[0]] / s:.2f}",
+                     f"{floor * 1e3:.0f}", f"{s / floor:.1f}", f"{first[name]:.1f}"])
+        if device.type == "cuda":
+            rows[-1].append(f"{peak_bytes(trainers[name].step) / 2**30:.1f}")
+    crops = f"{run.global_size} px and {run.local_crops} x {run.local_size} px"
+    table(f"A step of {run.arch}, B {run.batch}, crops of {crops}, K {run.prototypes:,}",
+          ["", "ms", "images/s", f"times {variants[0]}", "floor ms", "times the floor", "first step s",
+           *(["GiB beside the weights"] if device.type == "cuda" else [])], rows)
+    print(f"\nFloor: the step's {flops / 1e9:.0f} GFLOP at the rate of large matrix products measured beside it, "
+          + ", ".join(f"{str(dtype)[6:]} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in rates.items()) + ".")
+    parts_table({name: trainer for name, trainer in trainers.items() if not trainer.run.compile})
 
 
-def step_in_parts(model, optimizer, batch, now, clip, autocast, clock):
-    """pretrain.train_step, a part at a time; the teacher runs once more than in training, to be timed alone."""
-    import pretrain
-
-    masked = batch["masks"].flatten().nonzero().squeeze(1)
-    with autocast:
-        model.teacher_targets(batch["global_crops"], masked, float(now["temp"]))
-        clock("teacher and its targets")
-        terms = model(batch, float(now["temp"]))
-        clock("student and losses")
-    terms["loss"].backward()
-    clock("backward")
-    pretrain.clip_gradients(model.student, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    clock("clipping and AdamW")
-    model.update_teacher(float(now["momentum"]))
-    clock("moving average")
+def parts_table(trainers):
+    """Milliseconds and share of each part of the trainers' steps, and what the input costs beside them."""
+    if not trainers:
+        return
+    rows = [[part] for part in PARTS]
+    for trainer in trainers.values():
+        parts = trainer.parts()
+        for row, s in zip(rows, parts.values()):
+            row += [f"{s * 1e3:.1f}", f"{s / sum(parts.values()):.1%}"]
+    table("What these steps are made of, by torch.profiler",
+          ["part", *(cell for name in trainers for cell in (f"{name}: ms", "share"))], rows)
+    batches = trainer.batches()
+    decode = seconds({"batch": lambda: next(batches)}, runs=3, clock=time.process_time)["batch"]
+    print(f"\nBeside the steps, workers decode and crop: {decode * 1e3:.0f} ms of one core per batch.")
 
 
-class Clock:
-    """Seconds between its calls, by the name of the part that ended; medians over the steps."""
+def product_rate(device, dtype):
+    """FLOP/s of a plain matrix product, large enough to keep the machine busy."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / seconds({"product": lambda: a @ b})["product"]
 
-    def __init__(self):
-        self.parts, self.last = {}, time.perf_counter()
 
-    def __call__(self, name):
-        synchronize()
-        now = time.perf_counter()
-        self.parts.setdefault(name, []).append(now - self.last)
-        self.last = now
+class Trainer:
+    """Pre-training under some flags, a step at a time, on two batches of frames over and over.
 
-    def medians(self):
-        return {name: statistics.median(times) for name, times in self.parts.items()}
+    flags, more: of pretrain.py; attention: what ENDODINO_ATTENTION says while it steps."""
+
+    def __init__(self, flags, more, attention):
+        self.run = run = pretrain.parse([*flags, *more.split(), "--workers", "0", "--resume", "no"])
+        self.attention, self.device = attention, torch.device(run.device)
+        self.frames = pretrain.open_frames(run, say_once)
+        self.model = pretrain.build_model(run, say_once).train()
+        pretrain.distribute(self.model, run, self.device, world=1)
+        self.optimizer = pretrain.make_optimizer(self.model, run)
+        self.autocast, self.dtype = pretrain.autocast_for(run, self.device), torch.float32
+        with self.autocast:
+            if torch.is_autocast_enabled(self.device.type):
+                self.dtype = torch.get_autocast_dtype(self.device.type)
+        middle = run.steps // 2
+        self.now = {name: values[middle] for name, values in pretrain.make_schedules(run, run.batch).items()}
+        batches = self.batches()
+        self.raw = itertools.cycle([next(batches), next(batches)])
+
+    def batches(self):
+        """What a loader's workers hand over, decoded, cropped and masked; here by this process."""
+        return pretrain.make_batches(self.run, self.frames, 0, 0, 1, self.device)
+
+    def input(self):
+        batch = augment.augment(next(self.raw), self.device)
+        batch["kept"] = pretrain.draw_kept(self.model, batch, self.run.seed, 0, 0)
+        return batch
+
+    def step(self):
+        with mock.patch.dict(os.environ, ENDODINO_ATTENTION=self.attention):
+            batch = self.input()
+            pretrain.train_step(self.model, self.optimizer, batch, self.now, self.run.clip, self.autocast)
+
+    def flops(self):
+        """FLOP of the products of one step, attention's included."""
+        with FlopCounterMode(display=False) as counter, countable(self.device), mock.patch.object(self, "attention", "sdpa"):
+            self.step()
+        return counter.get_total_flops()
+
+    def parts(self, steps=2):
+        """{part: seconds of a step}."""
+        ranges = [
+            (self, "input", "input: colours and blur"), (vit, "attention", "attention"),
+            (dino_loss, "teacher_targets", LOSSES), (dino_loss, "update_center", LOSSES),
+            (dino_loss, "dino_loss", LOSSES), (dino_loss, "ibot_loss", LOSSES), (dino_loss, "koleo_loss", LOSSES),
+            (dino, "clip_gradients", "clipping"), (self.optimizer, "step", "AdamW"),
+            (self.model, "update_teacher", "the teacher's moving average")]
+        with contextlib.ExitStack() as stack:
+            for owner, name, part in ranges:
+                stack.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
+            profile = stack.enter_context(torch.profiler.profile(record_shapes=True))
+            start = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            synchronize()
+            whole = time.perf_counter() - start
+        weights = {tuple(p.shape) for p in self.model.parameters()}
+        return {part: s / steps for part, s in split_by_part(profile.events(), weights, whole).items()}
+
+
+@contextlib.contextmanager
+def countable(device):
+    """All products pass where FlopCounterMode sees them: no compiled code, and not the CPU's fused attention."""
+    with torch.compiler.set_stance("force_eager"):
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
+            yield
+
+
+LOSSES = "losses and targets"
+PARTS = {  # part -> its operators. What runs in a range of the part's name, or is the gradient of that, belongs to it too
+    "matrix products": ("aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward"),
+    "attention": (),
+    "GELU": ("aten::gelu", "aten::gelu_backward"),
+    "LayerNorm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
+    "casts of weights and their gradients": (),
+    "other casts and copies": ("aten::copy_",),
+    LOSSES: (),
+    "clipping": (),
+    "AdamW": (),
+    "the teacher's moving average": (),
+    "input: colours and blur": (),
+    "other operators: residuals, LayerScale, sums, indices": (),
+    "between operators": (),
+}
+
+
+def named(part, fn):
+    """fn as a range of that name in the profile."""
+    def call(*args, **kwargs):
+        with torch.profiler.record_function(part):
+            return fn(*args, **kwargs)
+    return call
+
+
+def split_by_part(events, weights, whole):
+    """{part: seconds} of a profile that took `whole` seconds: of each operator the time that it spent itself.
+
+    weights: shapes. What copies a tensor of such a shape is autocast, casting a weight or its gradient."""
+    by_operator = {name: part for part, names in PARTS.items() for name in names}
+    made_in = {}                                         # number of an autograd node -> range that made it
+    parts, gpu = dict.fromkeys(PARTS, 0.0), torch.cuda.is_available()
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        callers = [event]
+        while callers[-1].cpu_parent:
+            callers.append(callers[-1].cpu_parent)
+        part = next((e.name for e in callers if e.name in PARTS), None)
+        backward = callers[-1].name.startswith("autograd::engine")
+        if backward:
+            part = made_in.get(callers[-1].sequence_nr)
+        elif event.sequence_nr >= 0:
+            made_in[event.sequence_nr] = part            # the last to carry a number makes the node
+        if part is None:
+            part = next((by_operator[e.name] for e in reversed(callers) if e.name in by_operator), list(PARTS)[-2])
+            cast = any(e.name == "aten::_to_copy" for e in callers)
+            if part == "other casts and copies" and cast and tuple(event.input_shapes[0]) in weights:
+                part = "casts of weights and their gradients"
+        parts[part] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
+    parts["between operators"] = whole - sum(parts.values())
+    return parts
 
 
 @command

@@ -2,8 +2,9 @@
 
     out = attention(qkv, ((128, 257), (512, 50)))      # 128 sequences of 257 tokens, then 512 of 50
 
-On an NVIDIA GPU the Triton kernels of attention_triton.py run, elsewhere PyTorch's scaled_dot_product_attention on views of the
-same tensor. ENDODINO_ATTENTION=sdpa switches the kernels off.
+On an NVIDIA GPU the Triton kernels of attention_triton.py run. On a CPU the batched products of attention_products.py run where
+they are faster than the library, which depends on the type and on the length. Elsewhere: PyTorch's scaled_dot_product_attention
+on views of the same tensor. ENDODINO_ATTENTION=sdpa leaves everything to the library.
 """
 import functools
 import os
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from custom_kernels import interpreted, say_once, why_no_triton_on
+from custom_kernels.attention_products import no_second_derivative, pairs, products
 
 HEAD_DIM = 64  # the kernels know no other, and no ViT here has another
 LOG2E = 1.4426950408889634
@@ -23,14 +25,19 @@ LOG2E = 1.4426950408889634
 # TFLOP/s), and the library's copies of the packed gradient, which the kernels do not make, add half as many bytes again.
 LONGEST = 640
 
+# The longest sequences that batched products take on a CPU: (in training, without gradients). Longer ones, and types that do
+# not stand here, go to the library. `python bench.py attention` prints the times that this comes from.
+LONGEST_PRODUCTS = {torch.bfloat16: (577, 101), torch.float32: (145, 0)}
+
 
 def attention(qkv, runs, impl="auto"):
     """Softmax attention within each sequence of a packed batch: softmax(q k^T / sqrt(hd)) v.
 
     qkv (T_total, 3, nh, hd), any strides with unit last; runs ((count, length), ...) in packing order, few and Python ints, with
     sum(count * length) == T_total. Returns (T_total, nh, hd), in autocast's type where that is on.
-    impl: auto | triton | sdpa; "triton" raises ValueError where the kernels cannot run (they also take CPU tensors under
-    TRITON_INTERPRET=1) and insists on them at every length. No second derivative, except in "sdpa" where PyTorch has one.
+    impl: auto | triton | products | sdpa. "triton" raises ValueError where the kernels cannot run (they also take CPU tensors
+    under TRITON_INTERPRET=1); it and "products" insist at every length. No second derivative, except in "sdpa" where PyTorch
+    has one.
     """
     total = sum(count * length for count, length in runs)
     if qkv.ndim != 4 or qkv.shape[1] != 3 or qkv.shape[0] != total:
@@ -39,7 +46,20 @@ def attention(qkv, runs, impl="auto"):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if use_triton(qkv, runs, impl) and runs:
         return packed_attention(qkv, [n for run in runs for n in run])[0]
-    return sdpa(qkv, runs)
+    return products_or_library(qkv, runs, impl)
+
+
+def products_or_library(qkv, runs, impl):
+    """Each run to whichever is faster; one call for all of them where they agree."""
+    keep = torch.is_grad_enabled() and qkv.requires_grad
+    longest = longest_products(qkv.device, qkv.dtype, keep, impl)
+    wins = [length <= longest for _, length in runs]
+    if not any(wins):
+        return sdpa(qkv, runs)
+    if all(wins):
+        return products(qkv, [n for run in runs for n in run], keep)[0]
+    parts = qkv.split([count * length for count, length in runs])
+    return torch.cat([products_or_library(part, (run,), impl) for part, run in zip(parts, runs)])
 
 
 def sdpa(qkv, runs):
@@ -89,6 +109,17 @@ def wide(x):
 # --- which implementation ---------------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def longest_products(device, dtype, training, impl):
+    """Up to how many tokens batched products take a run. "auto": on CPUs, by the table."""
+    if impl == "products":
+        return 2**62
+    if impl != "auto" or device.type != "cpu" or os.environ.get("ENDODINO_ATTENTION") == "sdpa":
+        return 0
+    in_training, without_gradients = LONGEST_PRODUCTS.get(dtype, (0, 0))
+    return in_training if training else without_gradients
+
+
 def use_triton(qkv, runs, impl="auto"):
     """Whether the kernels take this call. "auto" uses them on any GPU, type and length they pay for, "triton" insists, "sdpa" declines."""
     obstacle = None
@@ -101,9 +132,9 @@ def use_triton(qkv, runs, impl="auto"):
 
 @torch.compiler.assume_constant_result
 def triton_chosen(device, dtype, obstacle, impl):
-    if impl not in ("auto", "triton", "sdpa"):
-        raise ValueError(f"impl is {impl!r}: it must be auto, triton or sdpa")
-    if impl == "sdpa" or impl == "auto" and device.type != "cuda":
+    if impl not in ("auto", "triton", "products", "sdpa"):
+        raise ValueError(f"impl is {impl!r}: it must be auto, triton, products or sdpa")
+    if impl in ("products", "sdpa") or impl == "auto" and device.type != "cuda":
         return False
     if impl == "auto" and os.environ.get("ENDODINO_ATTENTION") == "sdpa":
         obstacle = "ENDODINO_ATTENTION=sdpa"
@@ -164,10 +195,6 @@ def _(dout, qkv, out, lse, runs):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def pairs(runs):
-    return tuple(zip(runs[::2], runs[1::2]))
-
-
 def unit_stride(qkv):
     return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
@@ -181,11 +208,6 @@ def keep_for_backward(ctx, inputs, output):
 
 def backward(ctx, dout, _):
     return packed_attention_backward(dout, *ctx.saved_tensors, ctx.runs), None
-
-
-def no_second_derivative(ctx, *_):
-    raise NotImplementedError('attention has no second derivative: attention(..., impl="sdpa") under '
-                              "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) has one")
 
 
 packed_attention.register_autograd(backward, setup_context=keep_for_backward)

@@ -1,6 +1,7 @@
 """Attention over packed sequences, against float64 written out one sequence at a time and against PyTorch's own error.
 
-Most of these tests reach the operator. In this process it computes its definition (on a GPU: runs its kernels);
+Most of these tests reach the operator. In this process it computes its definition (on a GPU: runs its kernels), and the same
+tests reach the batched products, which CPUs run;
 test_again_with_kernels_interpreted runs the same tests in a child process where Triton's interpreter runs the kernels, and
 test_compiled_for reads what the compiler makes of them for GPUs that need not be there.
 """
@@ -22,8 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vit
 from custom_kernels import attention as module
+from custom_kernels import attention_products
 from custom_kernels import interpreted, why_no_triton_on
 from custom_kernels.attention import attention, packed_attention, packed_attention_backward, sdpa
+from custom_kernels.attention_products import products, products_backward
 
 INTERPRETED = interpreted()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -47,10 +50,20 @@ PACKS = {  # up to eight runs are launched one by one, more share launches: "rag
 }
 
 
+WAYS = ["operator"] + ["products"] * (not INTERPRETED)
+
+
 @pytest.fixture(autouse=True)
 def operator(monkeypatch):
-    """attention() goes through the operator, whatever the device."""
-    monkeypatch.setattr(module, "use_triton", lambda qkv, runs, impl="auto": impl != "sdpa")
+    """attention() goes through the operator, whatever the device, and so does impl="operator"."""
+    monkeypatch.setattr(module, "use_triton", lambda qkv, runs, impl="auto": impl in ("auto", "operator"))
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """A function of (qkv, runs): the operator, or the products in pieces so small that runs, and the heads of one sequence, are cut."""
+    monkeypatch.setattr(attention_products, "PIECE", 2**18)
+    return lambda qkv, runs: attention(qkv, runs, request.param)
 
 
 @pytest.fixture
@@ -99,12 +112,12 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PACKS)
-def test_against_float64(poison, name, dtype):
+def test_against_float64(poison, way, name, dtype):
     if INTERPRETED and (name, dtype) in (("1025", torch.float16), ("1370", torch.float32)):
         pytest.skip("slow to interpret; each length runs in one type")
     runs = PACKS[name]
     qkv, dout = example(runs, heads=2 if name == "the pack" else 1, dtype=dtype)
-    ours = output_and_gradients(attention, qkv, runs, dout)
+    ours = output_and_gradients(way, qkv, runs, dout)
     torch.use_deterministic_algorithms(False)
     library = output_and_gradients(sdpa, qkv, runs, dout)
     exact = output_and_gradients(textbook, qkv.double(), runs, dout.double())
@@ -117,23 +130,23 @@ def test_against_float64(poison, name, dtype):
 
 
 @pytest.mark.parametrize("heads", [1, 6, 12, 16, 24])
-def test_numbers_of_heads(poison, heads):
+def test_numbers_of_heads(poison, way, heads):
     runs = ((1, 50), (1, 70))
     qkv, dout = example(runs, heads, torch.float16)
-    ours = output_and_gradients(attention, qkv, runs, dout)
+    ours = output_and_gradients(way, qkv, runs, dout)
     exact = output_and_gradients(textbook, qkv.double(), runs, dout.double())
     for tensor in ours:
         assert errors(ours[tensor], exact[tensor])[0] < LIMITS[torch.float16][tensor != "out"], tensor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_logits_and_zero_queries(poison, dtype):
+def test_large_logits_and_zero_queries(poison, way, dtype):
     """Scores of +-1000, where exp overflows unless the maximum is taken off; queries of zero, where attention is the mean."""
     runs = ((1, 257), (1, 50))
     qkv, dout = example(runs, 1, dtype)
     qkv[:, :2] *= 15
     qkv[257:, 0] = 0
-    ours = output_and_gradients(attention, qkv, runs, dout)
+    ours = output_and_gradients(way, qkv, runs, dout)
     torch.use_deterministic_algorithms(False)
     library = output_and_gradients(sdpa, qkv, runs, dout)
     exact = output_and_gradients(textbook, qkv.double(), runs, dout.double())
@@ -146,7 +159,7 @@ def test_large_logits_and_zero_queries(poison, dtype):
 def test_no_sequences():
     for runs in ((), ((0, 257), (4, 0)), ((1, 0),) * 9):
         qkv = torch.zeros(0, 3, 2, 64, device=DEVICE, requires_grad=True)
-        for impl in ("auto", "sdpa"):
+        for impl in ("auto", "products", "sdpa"):
             out = attention(qkv, runs, impl)
             assert out.shape == (0, 2, 64)
             assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
@@ -216,22 +229,22 @@ def layouts(qkv):
 
 
 @pytest.mark.parametrize("layout", layouts(torch.zeros(1, 3, 1, 64)))
-def test_strides_of_qkv(layout):
+def test_strides_of_qkv(way, layout):
     runs = ((1, 70), (2, 50))
     qkv, dout = example(runs, dtype=torch.float16)
     strided = layouts(qkv)[layout]
-    a, b = (output_and_gradients(attention, x, runs, dout) for x in (qkv, strided))
+    a, b = (output_and_gradients(way, x, runs, dout) for x in (qkv, strided))
     assert torch.equal(strided, qkv) and (not INTERPRETED or same_bits(a, b))  # elsewhere a sum over channels may go in another order
     for name in a:
         assert_close(a[name], b[name])
 
 
-def test_strides_of_the_output_gradient():
+def test_strides_of_the_output_gradient(way):
     runs = ((1, 70), (2, 50))
     qkv, dout = example(runs, dtype=torch.float16)
     for strided in (dout.transpose(0, 1).contiguous().transpose(0, 1), dout[:1, :1, :1].expand_as(dout), dout.mT.contiguous().mT,
                     torch.stack([dout, dout], -1)[..., 0]):
-        a, b = (output_and_gradients(attention, qkv, runs, x) for x in (strided.contiguous(), strided))
+        a, b = (output_and_gradients(way, qkv, runs, x) for x in (strided.contiguous(), strided))
         for name in a:
             assert_close(a[name], b[name])
 
@@ -258,29 +271,33 @@ def test_opcheck():
         torch.library.opcheck(packed_attention, (qkv.requires_grad_(), runs))
         out, lse = packed_attention(qkv.detach(), runs)
         torch.library.opcheck(packed_attention_backward, (out.mT.contiguous().mT, qkv.detach(), out, lse, runs))
+        for keep in (True, False):
+            torch.library.opcheck(products, (qkv.detach().requires_grad_(keep), runs, keep))
+        torch.library.opcheck(products_backward, (out.mT.contiguous().mT, qkv.detach(), products(qkv.detach(), runs, True)[1], runs))
 
 
 @here_only
-def test_formula_of_the_gradient():
+def test_formula_of_the_gradient(way):
     qkv = torch.randn(11, 3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: attention(x, ((2, 3), (1, 4), (1, 1))), qkv)
+    assert torch.autograd.gradcheck(lambda x: way(x, ((2, 3), (1, 4), (1, 1))), qkv)
 
 
-def test_no_second_derivative():
+def test_no_second_derivative(way):
     qkv, _ = example(((1, 5),))
-    gradient, = torch.autograd.grad(attention(qkv.requires_grad_(), ((1, 5),)).square().sum(), qkv, create_graph=True)
+    gradient, = torch.autograd.grad(way(qkv.requires_grad_(), ((1, 5),)).square().sum(), qkv, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         gradient.sum().backward()
 
 
 @here_only
-@pytest.mark.parametrize("impl", ["auto", "sdpa"])  # through the operator, and around it
+@pytest.mark.parametrize("impl", ["auto", "products", "sdpa"])  # through the operator, and around it
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph_under_autocast(impl, dynamic):
     def step(qkv, runs):
         with torch.autocast(DEVICE, torch.bfloat16):
             return attention(qkv, runs, impl).float().square().mean()
 
+    torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for runs in (((2, 17), (3, 50)), ((4, 17), (5, 50))):
         qkv, _ = example(runs)
@@ -289,11 +306,17 @@ def test_compiles_as_one_graph_under_autocast(impl, dynamic):
 
 
 @here_only
-def test_dispatch_compiles_as_one_graph(monkeypatch):
+@pytest.mark.parametrize("training", [False, True])
+def test_dispatch_compiles_as_one_graph(monkeypatch, training):
     monkeypatch.undo()  # the true use_triton
+    monkeypatch.setattr(module, "LONGEST_PRODUCTS", {torch.float32: (20, 20)})
+    torch._dynamo.reset()
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
     for runs in (((2, 17), (3, 50)), ((4, 17), (5, 50))):
-        qkv, _ = example(runs)
+        qkv, dout = example(runs)
+        if training:
+            a, b = (output_and_gradients(f, qkv, runs, dout) for f in (compiled, attention))
+            assert_close(a, b)
         assert_close(compiled(qkv, runs), attention(qkv, runs))
 
 
@@ -343,11 +366,13 @@ def test_fully_sharded_in_bfloat16():
 
 @here_only
 def test_flops():
-    """Two products of length x length x hd forward, five backward, as PyTorch counts its own fused attention."""
-    qkv, _ = example(((2, 257), (3, 50)))
-    with FlopCounterMode(display=False) as counter:
-        attention(qkv.requires_grad_(), ((2, 257), (3, 50))).sum().backward()
-    assert counter.get_total_flops() == 14 * (2 * 257**2 + 3 * 50**2) * 2 * 64
+    """Two products of length x length x hd forward, five backward, as PyTorch counts its own fused attention; four where the
+    probabilities are kept."""
+    for impl, flops in (("operator", 14), ("products", 12)):
+        qkv, _ = example(((2, 257), (3, 50)))
+        with FlopCounterMode(display=False) as counter:
+            attention(qkv.requires_grad_(), ((2, 257), (3, 50)), impl).sum().backward()
+        assert counter.get_total_flops() == flops * (2 * 257**2 + 3 * 50**2) * 2 * 64
 
 
 @here_only
@@ -362,6 +387,58 @@ def test_q_k_v_are_not_copied(monkeypatch, impl):
 
 
 # --- which path -----------------------------------------------------------------------------------------------------------------
+
+
+@here_only
+@pytest.mark.skipif(DEVICE != "cpu", reason="CPUs only")
+def test_who_takes_what_on_a_cpu(monkeypatch):
+    """The table decides by type, length and gradients, run by run, and all agree; ENDODINO_ATTENTION=sdpa is obeyed."""
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "LONGEST_PRODUCTS", {torch.bfloat16: (20, 10)})
+
+    def chosen(runs, dtype, training, impl="auto"):
+        qkv, _ = example(runs, dtype=dtype)
+        with Names() as mode:
+            out = attention(qkv.requires_grad_(training), runs, impl)
+        assert_close(out.detach(), sdpa(qkv.detach(), runs), rtol=0.02, atol=0.02)
+        return [{"attention_products": "p"}.get(n, "l") for n in mode.names if "attention" in n]
+
+    bf16, long, short, both = torch.bfloat16, ((2, 30),), ((3, 20), (2, 5)), ((2, 30), (3, 20), (2, 5))
+    assert chosen(short, bf16, True) == ["p"] and chosen(long, bf16, True) == ["l"] and chosen(both, bf16, True) == ["l", "p", "p"]
+    assert chosen(short, bf16, False) == ["l", "p"] and chosen(short, torch.float32, True) == ["l", "l"]
+    assert chosen(long, torch.float32, False, "products") == ["p"] and chosen(both, bf16, True, "sdpa") == ["l"] * 3
+    monkeypatch.setenv("ENDODINO_ATTENTION", "sdpa")
+    assert chosen(short, bf16, True) == ["l", "l"]
+
+
+@here_only
+def test_products_keep_what_the_gradient_needs_and_no_more():
+    qkv, _ = example(((2, 257), (3, 50)), dtype=torch.bfloat16)
+    out, kept = products(qkv, [2, 257, 3, 50], True)
+    assert kept.dtype == torch.bfloat16 and kept.shape == (2 * (2 * 257**2 + 3 * 50**2),)
+    assert products(qkv, [2, 257, 3, 50], False)[1].shape == (0,)
+
+
+@here_only
+def test_products_work_in_pieces():
+    """2,117 tokens (644 px), 16 heads: no tensor of the forward holds 64 MiB, though all scores are 274."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.append(max((x.nbytes for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)), default=0))
+            return out
+
+    qkv, _ = example(((1, 2117),), heads=16, dtype=torch.bfloat16)
+    with Sizes():
+        products._init_fn(qkv, [1, 2117], False)
+    assert 2117**2 * 4 <= max(largest) < 64 * 2**20
+    for run in ((64, 50, 3, 3, 64), (2, 257, 3, 6, 64), (1, 2117, 3, 24, 64), (0, 9, 3, 2, 64)):
+        tiles = torch.zeros(run[0], run[3])
+        for n, h in attention_products.pieces(*run):
+            tiles[n, h] += 1
+        assert (tiles == 1).all()  # each pair of sequence and head once
 
 
 @here_only

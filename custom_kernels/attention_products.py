@@ -1,0 +1,140 @@
+"""Attention as batched matrix products: what CPUs run. Not run by hand, attention.py dispatches to it.
+
+A piece is n pairs of sequence and head, few enough that their scores stay in a core's cache. For each piece,
+
+    S = Q K^T / sqrt(hd)      P = softmax(S)      O = P V                         (n, length, length), P too, and (n, length, hd)
+    dP = dO V^T               dS = P * (dP - sum_j P dP)
+    dQ = dS K / sqrt(hd)      dK = dS^T Q / sqrt(hd)      dV = P^T dO
+
+Scores and softmax are float32 whatever the type: bfloat16 keeps 8 bits, which at a score of 10 is a probability off by 3 %.
+The backward gets P from the forward, in qkv's type. Keeping the log-sum-exp alone and computing P anew took 1.4 times as long
+in bfloat16. For long sequences P is too large to keep, and there the library is faster anyway.
+
+    forward reads qkv and writes O and P; backward reads dO, qkv, P and writes dqkv, where the projection's backward wants it
+"""
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+PIECE = 4 * 2**20  # bytes of a piece's scores, q, k and v in float32
+
+
+@torch.library.custom_op("endodino::attention_products", mutates_args=())
+def products(qkv: Tensor, runs: list[int], keep: bool) -> tuple[Tensor, Tensor]:
+    """O (T, nh, hd), and P of all runs one after the other, flat, in qkv's type; empty unless it is to be kept.
+
+    qkv (T, 3, nh, hd); runs flat: count, length, count, length, ...
+    """
+    out, kept = outputs(qkv, runs, keep)
+    with torch.autocast(qkv.device.type, enabled=False):
+        for x, o, p_kept in zip(by_run(qkv, runs), by_run(out, runs), probabilities(kept, qkv, runs)):
+            for n, h in pieces(*x.shape):
+                q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))           # each (n, length, hd)
+                p = scores(q, k).softmax(-1).to(v.dtype)                           # (n, length, length)
+                if keep:
+                    p_kept[n, h] = p.view_as(p_kept[n, h])
+                o[n, :, h] = tokens_first(p @ v, o[n, :, h])
+    return out, kept
+
+
+@products.register_fake
+def outputs(qkv, runs, keep):
+    T, _, nh, hd = qkv.shape
+    size = nh * sum(count * length**2 for count, length in pairs(runs))
+    return qkv.new_empty(T, nh, hd), qkv.new_empty(size if keep else 0)
+
+
+@torch.library.custom_op("endodino::attention_products_backward", mutates_args=())
+def products_backward(dout: Tensor, qkv: Tensor, kept: Tensor, runs: list[int]) -> Tensor:
+    """The gradient of qkv, contiguous."""
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    zero, scale = qkv.new_zeros(()), qkv.shape[3] ** -0.5
+    with torch.autocast(qkv.device.type, enabled=False):
+        for x, do_run, p_run, dx in zip(by_run(qkv, runs), by_run(dout, runs), probabilities(kept, qkv, runs), by_run(dqkv, runs)):
+            for n, h in pieces(*x.shape):
+                q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))           # each (n, length, hd)
+                do, p = heads_first(do_run[n, :, h]), p_run[n, h].flatten(0, 1)    # (n, length, hd), (n, length, length)
+                ds = torch._softmax_backward_data(do @ v.mT, p, -1, p.dtype)
+                dx[n, :, 0, h] = tokens_first(torch.baddbmm(zero, ds, k, beta=0, alpha=scale), do_run[n, :, h])
+                dx[n, :, 1, h] = tokens_first(torch.baddbmm(zero, ds.mT, q, beta=0, alpha=scale), do_run[n, :, h])
+                dx[n, :, 2, h] = tokens_first(p.mT @ do, do_run[n, :, h])
+    return dqkv
+
+
+@products_backward.register_fake
+def _(dout, qkv, kept, runs):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def pieces(count, length, _, heads, hd):
+    """Slices (sequences, heads) that cover a run, each of few pairs; heads are cut only where one sequence is too much."""
+    if length == 0:
+        return []
+    at_once = max(1, PIECE // (4 * length * (length + 3 * hd)))
+    n, h = max(1, at_once // heads), min(at_once, heads)
+    return [(slice(i, i + n), slice(j, j + h)) for i in range(0, count, n) for j in range(0, heads, h)]
+
+
+def pairs(runs):
+    """Flat runs -> ((count, length), ...)."""
+    return tuple(zip(runs[::2], runs[1::2]))
+
+
+def by_run(x, runs):
+    """(T, ...) -> one (count, length, ...) per run, views."""
+    runs = pairs(runs)
+    return [part.unflatten(0, run) for part, run in zip(x.split([count * length for count, length in runs]), runs)]
+
+
+def probabilities(kept, qkv, runs):
+    """The flat P -> one (count, nh, length, length) per run, views."""
+    shapes = [(count, qkv.shape[2], length, length) for count, length in pairs(runs)]
+    sizes = [torch.Size(shape).numel() for shape in shapes] if len(kept) else [0] * len(shapes)
+    return [part.view(shape if len(part) else -1) for part, shape in zip(kept.split(sizes), shapes)]
+
+
+def scores(q, k):
+    """q k^T / sqrt(hd) in float32, or in float64 for float64."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.baddbmm(q.new_zeros((), dtype=wide), q.to(wide), k.to(wide).mT, beta=0, alpha=q.shape[2] ** -0.5)
+
+
+def heads_first(x):
+    """(sequences, length, heads, hd) -> (pairs, length, hd), a copy: products want a piece's rows together."""
+    return x.transpose(1, 2).contiguous().flatten(0, 1)
+
+
+def tokens_first(x, like):
+    """The inverse, a view."""
+    return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+
+
+def keep_for_backward(ctx, inputs, output):
+    qkv, ctx.runs, _ = inputs
+    ctx.save_for_backward(qkv, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx, dout, _):
+    return products_backward(dout, *ctx.saved_tensors, ctx.runs), None, None
+
+
+def no_second_derivative(ctx, *_):
+    raise NotImplementedError('attention has no second derivative: attention(..., impl="sdpa") under '
+                              "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) has one")
+
+
+products.register_autograd(backward, setup_context=keep_for_backward)
+products_backward.register_autograd(no_second_derivative)
+
+
+@register_flop_formula(torch.ops.endodino.attention_products)
+def _(qkv_shape, runs, *_, **__):
+    """Two products of length x length x hd in each head."""
+    return 4 * sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]
+
+
+@register_flop_formula(torch.ops.endodino.attention_products_backward)
+def _(dout_shape, qkv_shape, kept_shape, runs, *_, **__):
+    """Four: P is not computed again."""
+    return 8 * sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]

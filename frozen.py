@@ -1,7 +1,7 @@
 """What the probes share: frozen features and their cache, intervals, tables, the flags and the sets that they open.
 
-    for name, model in backbones(["teacher_800.pt"], "cpu"):        # the checkpoint, then random initialisation
-        features = frozen_features(model, paths, "cpu", 224)        # {"cls" (n, 4, D), "patch" (n, D)}, computed once
+    for name, model in backbones(["teacher_800.pt"], "cpu"):    # the checkpoint, then random weights
+        features = frozen_features(model, paths, "cpu", 224)    # {"cls" (n, 4, D), "patch" (n, D)}
     low, high = bootstrap_interval(lambda i: values[i].mean(), groups)
     print(markdown_table(rows))
 """
@@ -14,7 +14,9 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 import data
 import heads
+import shards
 import synthetic
 import vit
 
@@ -48,8 +51,8 @@ def bootstrap_interval(statistic, groups, n=1000, seed=0):
     return low, high
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frozen features
+# ---------------------------------------------------------------------------------------------
+# Backbones
 
 
 @contextlib.contextmanager
@@ -87,15 +90,13 @@ def architecture(model):
     return model.arch or f"ViT {model.dim}/{model.depth}/{model.heads}/{model.registers}"
 
 
-def fingerprint(paths, image_size):
-    """A hash of the files (path, size, time of last change) and the resolution: the data's part of a cache key."""
-    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    return hashlib.sha256(repr((files, image_size)).encode()).hexdigest()
+# ---------------------------------------------------------------------------------------------
+# Frozen features, kept on disk
 
 
 def digest(tensors):
     """sha256 of a module's, or a dict's, tensors: names, shapes, types and values, wherever they
-    lie. It is how a cache and a head know their backbone."""
+    lie. It is how kept features and a head know their backbone."""
     if isinstance(tensors, torch.nn.Module):
         n_heads = torch.tensor(getattr(tensors, "heads", 0))  # no tensor's shape tells it
         tensors = tensors.state_dict() | {"heads": n_heads}
@@ -106,52 +107,143 @@ def digest(tensors):
     return found.hexdigest()
 
 
-def cached(model, data_key, compute, folder="features"):
-    """compute() -> dict of tensors, kept on disk under a key of the weights, the data and the kind of device (its precision)."""
-    kind = next(model.parameters()).device.type
-    key = hashlib.sha256(f"2 {data_key} {digest(model)} {kind}".encode())
-    path = pathlib.Path(folder) / f"{key.hexdigest()[:32]}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        vit.atomic_save(compute(), path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+def fingerprint(paths):
+    """sha256 of the files' paths, sizes and times of last change: whether they are the same."""
+    return hashlib.sha256(repr([(str(p), *shards.stamp(p)) for p in paths]).encode()).hexdigest()
 
 
-def frozen_features(model, paths, device, image_size):
-    """What extract gives for these frames, computed once and then read from disk."""
-    return cached(model, fingerprint(paths, image_size), functools.partial(extract, model, paths, device, image_size))
+class Kept:
+    """Rows that are dear to compute, one per frame, in a memory-mapped file: kept[i] is an array.
+
+    compute(paths) yields the rows of these frames in batches (b, *shape). Every row has its
+    checksum beside it. Checksum 0 means not computed yet, so a run that was killed goes on; a row
+    that does not fit its checksum was damaged on the disk: it is computed again, and named, when
+    it is first read. Opening a file is instant, however large it is."""
+
+    def __init__(self, file, paths, compute, shape, dtype):
+        self.file, self.paths, self.compute = pathlib.Path(file), list(paths), compute
+        self.shape, self.checked = (len(self.paths), *shape), set()
+        self.records = self.open(np.dtype([("checksum", "<u4"), ("values", dtype, tuple(shape))]))
+        missing = np.flatnonzero(self.records["checksum"] == 0)
+        done = 0
+        for batch in compute([self.paths[i] for i in missing]):
+            for row in batch:
+                self.write(missing[done], row)
+                done += 1
+
+    def open(self, kind):
+        """The file's records, writable where the file is; a new file if it is not there or is
+        not whole."""
+        if not self.paths:
+            return np.empty(0, kind)
+        if self.file.exists():
+            try:
+                mode = "r+" if os.access(self.file, os.W_OK) else "c"
+                records = np.load(self.file, mmap_mode=mode)
+                if records.dtype == kind and records.shape == (len(self.paths),):
+                    return records
+                problem = f"{records.shape} records of {records.dtype}"
+            except (ValueError, EOFError) as error:
+                problem = str(error).splitlines()[0]
+            print(f"{self.file} is damaged ({problem}) and is computed again")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = kind.itemsize * len(self.paths), shutil.disk_usage(self.file.parent).free
+        if needed > free:
+            raise ValueError(f"the features of {len(self.paths)} frames need {needed / 1e9:.1f} GB, "
+                             f"{self.file.parent} has {free / 1e9:.1f} GB free: give --features "
+                             "another folder, or take fewer heads or a smaller --size")
+        return np.lib.format.open_memmap(self.file, "w+", kind, (len(self.paths),))
+
+    def write(self, i, row):
+        self.records["values"][i] = row
+        self.records["checksum"][i] = zlib.crc32(self.records["values"][i])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self.paths):
+            raise IndexError(i)
+        if i not in self.checked and zlib.crc32(self.records["values"][i]) != self.records["checksum"][i]:
+            print(f"{self.file}: the features of {self.paths[i]} were damaged and are computed again")
+            self.write(i, next(iter(self.compute([self.paths[i]])))[0])
+        self.checked.add(i)
+        return self.records["values"][i]
 
 
-def read_batch(paths, image_size):
-    return torch.stack([data.eval_image(p, image_size) for p in paths])                             # (b, 3, S, S)
+def kept_file(folder, model, paths, what):
+    """Where what is kept of these frames: named by the weights, the kind of device that computes
+    (no two round alike), the files and `what` is computed of them."""
+    where = next(model.parameters()).device.type
+    key = f"3 {what} {where} {fingerprint(paths)} {digest(model)}"
+    return pathlib.Path(folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+
+
+def batches(paths, read, batch, device):
+    """Batches of read(some paths), in order; a GPU is fed by workers."""
+    workers = min(8, os.cpu_count()) if torch.device(device).type == "cuda" and len(paths) > batch else 0
+    # a generator of its own: a probe in the middle of a training run must not move that run's
+    # random state
+    loader = torch.utils.data.DataLoader(list(paths), batch, collate_fn=read, num_workers=workers,
+                                         generator=torch.Generator())
+    return tqdm(loader, desc="features", unit="batch", disable=None) if len(paths) > 1 else loader
+
+
+def read_batch(paths, size, view="crop"):
+    return torch.stack([data.eval_image(p, size, view) for p in paths])      # (b, 3, S, S)
+
+
+def check_finite(model, features):
+    if not features.isfinite().all():
+        raise ValueError(f"{model.info['path'] if hasattr(model, 'info') else 'the backbone'}: its "
+                         "features are not finite: the weights have diverged")
 
 
 @torch.no_grad()
-def extract(model, paths, device, image_size=224, batch=64):
-    """Features of frames, float32 on the CPU; bf16 autocast on GPUs. The model's mode and the random state are left as they were.
-
-    "cls" (n, 4, D): class tokens of the last four blocks, each through the final norm; "patch" (n, D): mean patch token of the last.
-    """
-    training, device = model.training, torch.device(device)
-    layers = range(max(model.depth - 4, 0), model.depth)
-    loader = torch.utils.data.DataLoader(
-        list(paths), batch, collate_fn=functools.partial(read_batch, image_size=image_size),
-        num_workers=min(8, os.cpu_count()) if device.type == "cuda" and len(paths) > batch else 0,
-        generator=torch.Generator())  # its own: a probe in the middle of a training run must not move that run's random state
-    cls, patch = [], []
-    model.eval()
-    for images in tqdm(loader, desc="features", unit="batch", disable=None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+def class_features(model, paths, device, size, view="crop", dtype=torch.float32, batch=64):
+    """Yield (b, L + 1, D) float32: class tokens of the last four blocks, each through the final
+    norm, and the mean patch token of the last. The model's mode stays as it was."""
+    training, layers = model.training, range(max(model.depth - 4, 0), model.depth)
+    read = functools.partial(read_batch, size=size, view=view)
+    for images in batches(paths, read, batch, device):
+        model.eval()
+        with vit.autocast(device, dtype):
             blocks = model.intermediate(images.to(device), layers)
-        cls.append(torch.stack([b["cls"] for b in blocks], 1).float().cpu())                        # (b, 4, D)
-        patch.append(blocks[-1]["patches"].float().mean(1).cpu())                                   # (b, D)
-    model.train(training)
-    if not cls:
-        return {"cls": torch.empty(0, len(layers), model.dim), "patch": torch.empty(0, model.dim)}
-    features = {"cls": torch.cat(cls), "patch": torch.cat(patch)}
-    if not all(f.isfinite().all() for f in features.values()):
-        raise ValueError("the backbone's features are not finite: its weights have diverged")
-    return features
+        model.train(training)
+        tokens = [b["cls"].float() for b in blocks] + [blocks[-1]["patches"].float().mean(1)]
+        features = torch.stack(tokens, 1).cpu()                              # (b, L + 1, D)
+        check_finite(model, features)
+        yield features
+
+
+def named(rows):
+    """(n, L + 1, D) -> the two that the heads read."""
+    return {"cls": rows[:, :-1], "patch": rows[:, -1]}                       # (n, L, D), (n, D)
+
+
+def extract(model, paths, device, image_size=224, batch=64, view="crop", dtype=torch.float32):
+    """{"cls" (n, L, D), "patch" (n, D)} of frames, float32 on the CPU: see class_features.
+
+    dtype: what the matrix products are computed in. The random state stays as it was."""
+    empty = torch.empty(0, min(model.depth, 4) + 1, model.dim)
+    found = class_features(model, paths, device, image_size, view, dtype, batch)
+    return named(torch.cat([empty, *found]))
+
+
+def frozen_features(model, paths, device, size, view="crop", dtype=torch.float32, folder="features"):
+    """What extract gives, computed once and then read from disk."""
+    compute = functools.partial(class_features, model, device=device, size=size, view=view, dtype=dtype)
+    file = kept_file(folder, model, paths, f"classes {size} {view} {dtype}")
+    kept = Kept(file, paths, compute, (min(model.depth, 4) + 1, model.dim), "<f4")
+    return named(torch.from_numpy(np.array(list(kept)).reshape(kept.shape)))
+
+
+@torch.no_grad()
+def block_tokens(model, images, blocks, norm, dtype=torch.float32):
+    """(B, 3, S, S) -> (B, L, 1 + N, D) of these blocks, class token first, registers left out."""
+    with vit.autocast(images.device, dtype):
+        out = model.intermediate(images, blocks, norm=norm)
+    return torch.stack([torch.cat([o["cls"][:, None], o["patches"]], dim=1) for o in out], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +300,10 @@ def arguments(doc, task, size=224, otherwise=""):
                         "patch size; a backbone pre-trained on small crops may do better near their size" + otherwise)
     parser.add_argument("--splits", type=int, help="only the first so many splits (folds), for a quick look; None: all, which is what "
                         "published numbers are means over")
+    parser.add_argument("--precision", choices=("auto", *vit.PRECISIONS), default="auto", help="type of the backbone's matrix products; "
+                        "auto: bf16 where the device multiplies it in hardware, else fp16 on GPUs and fp32 on CPUs")
+    parser.add_argument("--features", default="features", help="folder where frozen features are kept; a large file per backbone and "
+                        "segmentation head")
     parser.add_argument("--out", help="JSON file of the rows; without it beside the first checkpoint, or under runs/")
     parser.add_argument("--seed", type=int, default=0, help="of the random initialisation, the few-shot draws and the bootstrap")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where features are computed")
@@ -235,13 +331,24 @@ def open_sets(args, task):
     return labelled, other
 
 
+def precision_of(args):
+    """The torch type in which the backbone's matrix products are computed."""
+    return vit.precision(args.device, args.precision)
+
+
+def precision_words(args):
+    """For a table's head: "bf16 features (auto)"."""
+    name = {dtype: name for name, dtype in vit.PRECISIONS.items()}[precision_of(args)]
+    return f"{name} features" + " (auto)" * (args.precision == "auto")
+
+
 def report(args, title, rows, labelled, other, metric, task):
     """Complete the rows with their provenance, print the tables and confusion matrices, write the JSON."""
     split = labelled.splits[0]
     about = {"data": labelled.name, "split": f"{len(labelled.splits)} (first: {len(split.train)} training, {len(split.val)} validation, "
              f"{len(split.test)} test frames)", "metric": metric, "frames": len(labelled.paths), "groups": len(set(labelled.groups)),
              "unrelated data": other and f"{other.name}: {len(other.paths)} frames, {len(set(other.groups))} groups",
-             "pixels": args.size, "seed": args.seed, "paper value": "not available"}
+             "pixels": args.size, "precision": precision_words(args), "seed": args.seed, "paper value": "not available"}
     rows = [row | about for row in rows]
     print(f"\n## {title}\n\n" + "\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
     for table, caption in (("results", "Results"), ("few-shot", "A few labelled frames per class"),

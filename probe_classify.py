@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frozen import (apply, architecture, arguments, backbones, best_on_validation, bootstrap_interval, frozen_features,
-                    head_path, mean_of, one_sentence, open_sets, per_split, report, summarise, save_head, test_sets,
+                    head_path, mean_of, one_sentence, open_sets, per_split, precision_of, report, summarise, save_head, test_sets,
                     tested_frames)
 from heads import Neighbours, Softmax, classifier_input, knn_probabilities
 
@@ -215,7 +215,8 @@ def evaluate(args, task, labelled, other, heads, few_shot_head, metrics, keys, s
     test("majority class", "none", [majority_head(None, y, s.train, n_classes) for s in labelled.splits], [None] * len(sets))
     for name, model in backbones(args.checkpoints, device, args.seed):
         with one_sentence():  # an unreadable frame
-            features = [{k: v.to(device) for k, v in frozen_features(model, s.paths, device, args.size).items()} for _, s, _ in sets]
+            features = [frozen_features(model, s.paths, device, args.size, dtype=precision_of(args), folder=args.features)
+                        for _, s, _ in sets]
         for head, (fit, grid) in heads.items():
             chosen = [best_on_validation(fit, grid, features[0], y, s, n_classes, score) for s in labelled.splits]
             test(name, head, [predict for predict, *_ in chosen], features)

@@ -131,7 +131,7 @@ HEADS = {"kNN": (knn_head, [{}]), "softmax": (softmax_head, BALANCED_GRID), "ord
 # The score that pre-training watches
 
 
-def online_score(model, labelled, device, size=224):
+def online_score(model, labelled, device, size=224, dtype=None):
     """{"kappa", "macro_f1", "accuracy", "knn_kappa"} on the validation groups of split 0; its test frames are never read.
 
     A class-balanced softmax head of fixed strength on the last block's class and mean patch token, and kNN on the class token:
@@ -142,7 +142,8 @@ def online_score(model, labelled, device, size=224):
         raise ValueError(f"{labelled.name}: the online probe needs training and validation frames in split 0, "
                          f"found {len(split.train)} and {len(split.val)}")
     rows = np.concatenate([split.train, split.val])
-    features, y = extract(model, [labelled.paths[i] for i in rows], device, size), torch.from_numpy(labelled.labels[rows])
+    paths, y = [labelled.paths[i] for i in rows], torch.from_numpy(labelled.labels[rows])
+    features = extract(model, paths, device, size, dtype=dtype or vit.precision(device))
     train, val = np.arange(len(split.train)), np.arange(len(split.train), len(rows))
     _, pred = softmax_head(features, y, train, n_classes, **FEW_SHOT, power=1)(features, val)
     _, knn = knn_head(features, y, train, n_classes)(features, val)

@@ -11,11 +11,9 @@ float16, memory-mapped, so the heads are trained without any augmentation but th
 The learning rate is chosen on validation frames; test frames are predicted once, at the end.
 """
 import functools
-import hashlib
-import os
+import math
 import pathlib
 import re
-import shutil
 
 import numpy as np
 import torch
@@ -25,9 +23,9 @@ from tqdm import tqdm
 
 import data
 import figures
-import vit
-from frozen import (architecture, arguments, backbones, bootstrap_interval, fingerprint, head_path, markdown_table,
-                    one_sentence, open_sets, save_head, write_rows)
+from frozen import (Kept, architecture, arguments, backbones, batches, block_tokens, bootstrap_interval,
+                    check_finite, head_path, kept_file, markdown_table, one_sentence, open_sets,
+                    precision_of, precision_words, read_batch, save_head, write_rows)
 from heads import DPTHead, LinearHead, blocks_of, new_polyp_head, resize
 
 HEADS = {"linear": "linear", "boosted": "boosted linear", "dpt": "DPT"}
@@ -61,10 +59,12 @@ def pranet_dice_iou(probability, true):
     return dice.mean().item(), (overlap / (false_alarms + true.sum()).clamp(min=1)).mean().item()
 
 
-def logits(head, tokens, size):
-    """(B, L, 1 + N, D) tokens of square images -> (B, *size) float32 logits; bf16 autocast on GPUs."""
-    side = round((tokens.shape[2] - 1) ** 0.5)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+def logits(head, tokens, size, dtype=torch.float32):
+    """(B, L, 1 + N, D) tokens of square images -> (B, *size) float32 logits.
+
+    A head is small beside its backbone: its products are computed in bf16 on GPUs alone."""
+    side = math.isqrt(tokens.shape[2] - 1)
+    with torch.autocast("cuda", dtype, enabled=tokens.is_cuda and dtype == torch.bfloat16):
         low = head(tokens, (side, side))
     return resize(low.float(), size)
 
@@ -73,52 +73,29 @@ def logits(head, tokens, size):
 # Frozen tokens
 
 
-def square(image, size):
-    """PIL image -> (3, size, size) normalised float tensor; stretched, as in PraNet's protocol, so that nothing is cut away."""
-    x = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    return (x - mean) / std
-
-
-def read_squares(paths, size):
-    return torch.stack([square(data.read_image(p), size) for p in paths])
-
-
 @torch.no_grad()
-def backbone_tokens(model, images, blocks, norm):
-    """(B, 3, S, S) -> (B, L, 1 + N, D), class token first, registers left out; bf16 autocast on GPUs."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        out = model.intermediate(images, blocks, norm=norm)
-    return torch.stack([torch.cat([o["cls"][:, None], o["patches"]], dim=1) for o in out], dim=1)
+def mirrored_tokens(model, paths, kind, size, mirror, dtype, batch=8):
+    """Yield (b, 1 + mirror, L, 1 + N, D) float16: tokens of frames and, if `mirror`, of their
+    mirror images."""
+    (blocks, norm), device = blocks_of(kind, model.depth), next(model.parameters()).device
+    read = functools.partial(read_batch, size=size, view="stretch")
+    for images in batches(paths, read, batch, device):
+        views = [images, images.flip(-1)][: 1 + mirror]
+        tokens = [block_tokens(model, x.to(device), blocks, norm, dtype).cpu() for x in views]
+        tokens = torch.stack(tokens, 1).half()
+        check_finite(model, tokens)
+        yield tokens
 
 
-def frozen_tokens(model, paths, kind, size, mirror, folder="features"):
-    """Memory-mapped float16 array (n, 1 + mirror, L, 1 + N, D): tokens of each frame and, if `mirror`, of its mirror image.
+def frozen_tokens(model, paths, kind, size, mirror, folder="features", dtype=torch.float32):
+    """What mirrored_tokens gives, computed once and then read from disk: see frozen.Kept.
 
-    Computed once and kept under a key of weights, files, blocks and size. Raises ValueError when the disk is too small."""
-    (blocks, norm), device, folder = blocks_of(kind, model.depth), next(model.parameters()).device, pathlib.Path(folder)
-    key = hashlib.sha256(f"segment 1 {blocks} {norm} {mirror} {model.heads} {device.type} {fingerprint(paths, size)}".encode())
-    for name, tensor in model.state_dict().items():
-        key.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    path = folder / f"{key.hexdigest()[:32]}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r")
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = (len(paths), 1 + mirror, len(blocks), 1 + (size // model.patch_size) ** 2, model.dim)
-    needed, free = 2 * np.prod(shape, dtype=np.int64), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"the {HEADS[kind]} head's features need {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
-                         "choose a smaller size, or another disk with --features")
-    loader = torch.utils.data.DataLoader(paths, 8, collate_fn=functools.partial(read_squares, size=size), generator=torch.Generator(),
-                                         num_workers=min(8, os.cpu_count()) if device.type == "cuda" else 0)
-    with vit.replacing(path) as temporary:
-        kept = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-        for i, images in enumerate(tqdm(loader, desc=f"features {size}x{size}", unit="batch", disable=None)):
-            images = images.to(device)
-            for view, x in enumerate([images, images.flip(-1)][: 1 + mirror]):
-                kept[8 * i : 8 * i + len(x), view] = backbone_tokens(model, x, blocks, norm).half().cpu().numpy()
-        kept.flush()
-    return np.load(path, mmap_mode="r")
+    Raises ValueError when the disk is too small."""
+    blocks, norm = blocks_of(kind, model.depth)
+    shape = (1 + mirror, len(blocks), 1 + (size // model.patch_size) ** 2, model.dim)
+    compute = functools.partial(mirrored_tokens, model, kind=kind, size=size, mirror=mirror, dtype=dtype)
+    file = kept_file(folder, model, paths, f"tokens {blocks} {norm} {size} {mirror} {dtype}")
+    return Kept(file, paths, compute, shape, "<f2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +119,7 @@ def segmentation_loss(logits, masks):
     return F.binary_cross_entropy_with_logits(logits, masks) + (1 - dice).mean()
 
 
-def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0):
+def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0, dtype=torch.float32):
     """Train a head in place: AdamW, linear warm-up and then linear decay to 0 (the "poly" schedule of power 1).
 
     tokens (n, V, L, 1 + N, D) array, view 1 of V <= 2 being the mirror image; masks (n, S, S) bool tensor. Every step draws
@@ -154,9 +131,9 @@ def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0):
     for _ in (bar := tqdm(range(steps), desc=f"head, lr {lr:g}", unit="step", disable=None)):
         frames = rng.choice(len(tokens), size=min(batch, len(tokens)), replace=False)
         views = rng.integers(tokens.shape[1], size=len(frames))
-        x = torch.from_numpy(np.stack([tokens[i, v] for i, v in zip(frames, views)])).to(device).float()       # (B, L, 1 + N, D)
+        x = torch.from_numpy(np.stack([tokens[i][v] for i, v in zip(frames, views)])).to(device).float()       # (B, L, 1 + N, D)
         y = torch.stack([masks[i].flip(-1) if v else masks[i] for i, v in zip(frames, views)]).to(device).float()  # (B, S, S)
-        loss = segmentation_loss(logits(head, x, y.shape[1:]), y)
+        loss = segmentation_loss(logits(head, x, y.shape[1:], dtype), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,22 +144,22 @@ def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0):
 
 
 @torch.no_grad()
-def validate(head, tokens, masks):
+def validate(head, tokens, masks, dtype=torch.float32):
     """Mean Dice at 0.5 over frames, each at its mask's own size: tokens (n, 1, L, 1 + N, D) array, masks list of (H, W) bool."""
     device = next(head.parameters()).device
-    maps = [logits(head, torch.from_numpy(np.array(t)).to(device).float(), m.shape)[0].cpu() for t, m in zip(tokens, masks)]
+    maps = [logits(head, torch.from_numpy(np.array(t)).to(device).float(), m.shape, dtype)[0].cpu() for t, m in zip(tokens, masks)]
     return float(np.mean([dice_iou(z > 0, m)[0] for z, m in zip(maps, masks)]))
 
 
 @torch.no_grad()
-def predict(model, head, kind, image, shape, sizes, mirror=False):
+def predict(model, head, kind, image, shape, sizes, mirror=False, dtype=torch.float32):
     """Polyp probability (H, W) = shape of one PIL frame: the mean over square sizes and, if `mirror`, over its mirror image."""
     device, (blocks, norm), maps = next(head.parameters()).device, blocks_of(kind, model.depth), []
     for size in sizes:
-        x = square(image, size)[None].to(device)
+        x = data.square(image, size, "stretch")[None].to(device)
         for flip in (False, True)[: 1 + mirror]:
-            tokens = backbone_tokens(model, x.flip(-1) if flip else x, blocks, norm)
-            p = logits(head, tokens.float(), shape)[0].sigmoid()
+            tokens = block_tokens(model, x.flip(-1) if flip else x, blocks, norm, dtype)
+            p = logits(head, tokens.float(), shape, dtype)[0].sigmoid()
             maps.append(p.flip(-1) if flip else p)
     return torch.stack(maps).mean(0).cpu()
 
@@ -233,8 +210,8 @@ def test_sets(args, labelled, other):
 
 def choose_head(args, model, kind, labelled):
     """Train one head per learning rate on the training frames; returns the one that validation prefers, its rate and Dice."""
-    size, split, device = args.sizes[kind], labelled.splits[0], torch.device(args.device)
-    train, val = (frozen_tokens(model, [labelled.paths[i] for i in rows], kind, size, mirror, args.features)
+    size, split, device, dtype = args.sizes[kind], labelled.splits[0], torch.device(args.device), precision_of(args)
+    train, val = (frozen_tokens(model, [labelled.paths[i] for i in rows], kind, size, mirror, args.features, dtype)
                   for rows, mirror in ((split.train, True), (split.val, False)))
     masks = torch.stack([read_mask(labelled.masks[i], size) for i in split.train])
     val_masks = [read_mask(labelled.masks[i]) for i in split.val]
@@ -243,8 +220,8 @@ def choose_head(args, model, kind, labelled):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             head = new_polyp_head(kind, model.dim, model.depth, args.dpt_channels).to(device)
-        fit_head(head, train, masks, lr, args.steps, args.batch, args.seed)
-        trained.append((validate(head, val, val_masks), lr, head))
+        fit_head(head, train, masks, lr, args.steps, args.batch, args.seed, dtype)
+        trained.append((validate(head, val, val_masks, dtype), lr, head))
     dice, lr, head = max(trained, key=lambda t: t[0])
     return head, {"lr": lr, "validation Dice": dice}
 
@@ -284,7 +261,7 @@ def evaluate(args, labelled, sets, base):
         for kind in args.heads:
             head, chosen = choose_head(args, model, kind, labelled)
             sizes = [round(args.sizes[kind] * s / 14) * 14 for s in (args.scales if kind == "boosted" else [1])]
-            test(name, HEADS[kind], lambda image, shape: predict(model, head, kind, image, shape, sizes, mirror=kind == "boosted"),
+            test(name, HEADS[kind], lambda image, shape: predict(model, head, kind, image, shape, sizes, kind == "boosted", precision_of(args)),
                  {"chosen on validation": chosen, "test sizes": sizes, "step": model.info["step"]})
             if name in map(str, args.checkpoints):
                 tested = {k: v for k, v in next(r for r in reversed(rows) if r["tested on"] == sets[0][0]).items() if isinstance(v, float)}
@@ -315,7 +292,6 @@ def parse(argv):
     parser.add_argument("--dpt-channels", type=int, help="width of the DPT head's fusion; None: 256 (DINOv2's) on a GPU, 64 on a CPU")
     parser.add_argument("--steps", type=int, default=500, help="training steps of a head, for each learning rate tried")
     parser.add_argument("--batch", type=int, default=16, help="frames per step")
-    parser.add_argument("--features", default="features", help="folder of the frozen tokens; a large file per backbone and head")
     args = parser.parse_args(argv)
     cpu = torch.device(args.device).type == "cpu"
     args.heads = args.heads or (["linear", "boosted"] if cpu else list(HEADS))
@@ -344,7 +320,7 @@ def main(argv=None):
              "split": f"{len(split.train)} training, {len(split.val)} validation, {len(split.test)} test frames",
              "metric": "Dice and IoU: means over frames at threshold 0.5 and the mask's own size; dataset IoU: all frames' pixels together; "
              "PraNet: mean over 256 thresholds after stretching each prediction to 0..1", "steps": args.steps, "batch": args.batch,
-             "pixels": args.sizes, "seed": args.seed, "paper value": "not available"}
+             "pixels": args.sizes, "precision": precision_words(args), "seed": args.seed, "paper value": "not available"}
     rows = [row | about for row in rows]
     print("\n## Polyps\n\n" + "\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
     for table, title in (("results", "Results"), ("difference", "Checkpoint minus random initialisation, 95 % interval over groups")):

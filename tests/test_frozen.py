@@ -1,4 +1,4 @@
-"""frozen.py: heads through their files, and what is refused."""
+"""frozen.py: features kept on disk, whole, killed and damaged; heads through their files; what is refused."""
 import numpy as np
 import pytest
 import torch
@@ -10,7 +10,7 @@ import probe_classify as pc
 import probe_mes as mes
 import probe_segment as seg
 import vit
-from test_probe_classify import hyper_kvasir, tiny_vit
+from test_probe_classify import frame, hyper_kvasir, tiny_vit
 from test_probe_mes import limuc
 from test_probe_segment import SMALL, disc_tree
 
@@ -31,7 +31,7 @@ def work(tmp_path_factory):
         patch.setattr(pc, "HEADS", {"kNN": (pc.knn_head, [{}]), "linear": (pc.linear_head, pc.GRID[6:8])})
         grid = [setting | {"power": 1} for setting in pc.GRID[6:8]]
         patch.setattr(mes, "HEADS", {"softmax": (mes.softmax_head, grid), "ordinal": (mes.ordinal_head, grid)})
-        common = ["teacher_7.pt", "--device", "cpu", "--data"]
+        common = ["teacher_7.pt", "--device", "cpu", "--precision", "fp32", "--data"]
         pc.main([*common, "landmarks", "--splits", "2"])
         mes.main([*common, "mes", "--splits", "2", "--size", "56"])
         seg.main([*common, "polyps", *SMALL, "--heads", "linear", "boosted", "dpt"])
@@ -79,12 +79,12 @@ def test_a_polyp_head_is_the_probes(work, kind):
     model, labelled = model_of(work), data.open_labelled(work / "polyps", "polyps")
     loaded = frozen.load_head(work / f"teacher_7.polyps.{kind}.pt", model)
     assert (loaded.blocks, loaded.norm) == heads.blocks_of(kind, 4) and loaded.view == "stretch"
-    args = seg.parse(["--data", str(work / "polyps"), "--features", str(work / "features"), *SMALL])
+    args = seg.parse(["--data", str(work / "polyps"), "--features", str(work / "features"), "--precision", "fp32", *SMALL])
     again, chosen = seg.choose_head(args, model, kind, labelled)
     assert all(torch.equal(t, loaded.network.state_dict()[k]) for k, t in again.state_dict().items())
     assert loaded.setting["lr"] == chosen["lr"] and loaded.size == args.sizes[kind]
     frame = data.read_image(labelled.paths[0])
-    low, = frozen.run_heads(model, [loaded], seg.square(frame, loaded.size)[None])
+    low, = frozen.run_heads(model, [loaded], data.square(frame, loaded.size, "stretch")[None])
     shape = frame.height, frame.width
     expected = seg.predict(model, again, kind, frame, shape, [loaded.size])
     torch.testing.assert_close(heads.resize(low, shape)[0].sigmoid(), expected, rtol=0, atol=1e-5)
@@ -104,6 +104,97 @@ def test_heads_of_one_view_share_a_pass(work, monkeypatch):
         for x, y in zip(a, b) if isinstance(a, tuple) else [(a, b)]:
             assert torch.equal(x, y)
     assert [o.shape for o in together[3:]] == [(3, 2, 2), (3, 32, 32)] and together[2][0].shape == (3, 4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kept features
+
+
+def counting(seen):
+    """compute of Kept: frame i, a file that holds its number, gives [i, i, i]; `seen` lists what was asked for."""
+    def compute(paths):
+        for i in range(0, len(paths), 4):
+            seen.extend(str(p) for p in paths[i:i + 4])
+            yield np.array([[float(open(p).read())] * 3 for p in paths[i:i + 4]])
+    return compute
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    paths = [tmp_path / f"{i}.txt" for i in range(10)]
+    for i, path in enumerate(paths):
+        path.write_text(str(i))
+    return paths
+
+
+def kept_rows(tmp_path, paths, compute):
+    return frozen.Kept(tmp_path / "k.npy", paths, compute, (3,), "<f4")
+
+
+def test_kept_rows_are_computed_once(tmp_path, numbered):
+    seen = []
+    for _ in range(2):
+        kept = kept_rows(tmp_path, numbered, counting(seen))
+        assert np.array_equal(list(kept), np.arange(10)[:, None].repeat(3, 1)) and kept.shape == (10, 3)
+    assert seen == [str(p) for p in numbered]
+    assert len(kept_rows(tmp_path / "none", [], counting(seen))) == 0
+
+
+def test_killed_while_computing_it_goes_on(tmp_path, numbered):
+    def killed(paths):
+        yield from zip([next(counting([])(paths))])  # one batch of four
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_rows(tmp_path, numbered, lambda paths: (batch[0] for batch in killed(paths)))
+    seen = []
+    kept = kept_rows(tmp_path, numbered, counting(seen))
+    assert seen == [str(p) for p in numbered[4:]] and [row[0] for row in kept] == list(range(10))
+
+
+def test_damaged_rows_are_computed_again_and_named(tmp_path, numbered, capsys):
+    kept_rows(tmp_path, numbered, counting([]))
+    file = tmp_path / "k.npy"
+    content, seen = bytearray(file.read_bytes()), []
+    content[-12:] = bytes(12)  # the last row's values, which the disk lost
+    file.write_bytes(content)
+    kept = kept_rows(tmp_path, numbered, counting(seen))
+    assert not seen and [row[0] for row in kept] == list(range(10)) and seen == [str(numbered[9])]
+    assert "k.npy" in (words := capsys.readouterr().out) and "9.txt" in words and "computed again" in words
+    assert [row[0] for row in kept_rows(tmp_path, numbered, counting(seen))] == list(range(10)) and len(seen) == 1
+    for damaged in (bytes(content[:100]), b"", bytes(content[:-20]), b"not numpy" * 40):
+        file.write_bytes(damaged)
+        assert [row[0] for row in kept_rows(tmp_path, numbered, counting([]))] == list(range(10))
+        assert "k.npy" in (words := capsys.readouterr().out) and "computed again" in words
+
+
+def test_features_know_weights_frames_size_view_and_precision(tmp_path):
+    path, model = tmp_path / "a.png", tiny_vit()
+    frame(path, 0, 0)
+
+    def files(model=model, size=28, **how):
+        frozen.frozen_features(model, [path], "cpu", size, folder=tmp_path / "kept", **how)
+        return len(list((tmp_path / "kept").iterdir()))
+
+    assert files() == files() == 1
+    assert files(size=56) == 2 and files(tiny_vit(seed=1)) == 3 and files(view="stretch") == 4
+    assert files(dtype=torch.bfloat16) == files(dtype=torch.bfloat16) == 5
+    frame(path, 1, 0)  # another picture under the old name
+    assert files() == 6
+
+
+def test_diverged_weights_are_named(tmp_path):
+    frame(tmp_path / "a.png", 0, 0)
+    model = tiny_vit()
+    model.info = {"path": "bad.pt"}
+    with torch.no_grad():
+        model.blocks[2].mlp.fc1.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="bad.pt: its features are not finite"):
+        frozen.extract(model, [tmp_path / "a.png"], "cpu", 28)
+
+
+# ---------------------------------------------------------------------------------------------
+# Heads on disk
 
 
 def test_digest_knows_every_tensor_and_no_place():

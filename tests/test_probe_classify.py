@@ -253,26 +253,6 @@ def test_extract_is_the_backbones_tokens_and_leaves_no_trace(tmp_path):
     assert frozen.extract(tiny_vit(depth=2), paths[:1], "cpu", 56)["cls"].shape == (1, 2, 64)
 
 
-def test_cache_knows_weights_data_and_resolution(tmp_path):
-    frame(tmp_path / "a.png", 0, 0)
-    paths, model, calls = [tmp_path / "a.png"], tiny_vit(), []
-
-    def compute():
-        calls.append(1)
-        return {"cls": torch.full((1,), float(len(calls)))}
-
-    def ask(model=model, size=224):
-        return frozen.cached(model, frozen.fingerprint(paths, size), compute, tmp_path / "features")["cls"].item()
-
-    assert ask() == ask() == 1
-    assert ask(size=448) == 2 and ask(tiny_vit(seed=1)) == 3
-    with torch.no_grad():
-        model.blocks[3].mlp.fc2.bias[5] += 1e-3  # one number of 200,000
-    assert ask() == 4
-    frame(tmp_path / "a.png", 1, 0)  # another picture under the old name
-    assert ask() == 5 and ask() == 5 and len(list((tmp_path / "features").iterdir())) == 5
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -327,16 +307,17 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     for words in ("| backbone | head | tested on | accuracy | macro F1 |", "Confusion, b.pt, linear", "paper value: not available", "seed: 0",
                   "frames: 27", "unrelated data: HyperKvasir anatomical landmarks, official folds 0, 1, 2, 3, 4: 15 frames, 15 groups"):
         assert words in printed
-    monkeypatch.setattr(frozen, "extract", lambda *a, **k: pytest.fail("features were computed again"))
+    monkeypatch.setattr(vit.VisionTransformer, "intermediate", lambda *a, **k: pytest.fail("features were computed again"))
     assert pc.main(["b.pt", "--device", "cpu", "--out", "again.json"]) == rows
 
 
 def test_size_is_what_the_backbone_sees(quick, monkeypatch):
-    seen, extract = [], frozen.extract
-    monkeypatch.setattr(frozen, "extract", lambda *a: seen.append(a[3]) or extract(*a))
+    seen, intermediate = set(), vit.VisionTransformer.intermediate
+    monkeypatch.setattr(vit.VisionTransformer, "intermediate",
+                        lambda self, images, *a, **k: seen.add(tuple(images.shape[2:])) or intermediate(self, images, *a, **k))
     rows = pc.main(["b.pt", "--device", "cpu", "--size", "56", "--splits", "2", "--out", "small.json"])
     assert {len(r["chosen on validation"]) for r in rows if "chosen on validation" in r} == {2} and rows[0]["split"].startswith("2 ")
-    assert seen == [56] * 4 and {r["pixels"] for r in rows} == {56}  # two backbones, two sets: no features of another size were taken
+    assert seen == {(56, 56)} and {r["pixels"] for r in rows} == {56}  # no features of another size were taken
     for flag, value in (("--size", "57"), ("--splits", "0")):
         with pytest.raises(SystemExit, match=value):
             pc.main(["b.pt", "--device", "cpu", flag, value])

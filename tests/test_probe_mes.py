@@ -203,7 +203,7 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     assert {r["head"] for r in rows if r["table"] == "difference"} == set(heads)
     for words in ("## Mayo endoscopic score\n", "MES 2-3 (no remission) as the positive class", "imbalance", "| kappa | macro F1 | accuracy |"):
         assert words in printed
-    monkeypatch.setattr(frozen, "extract", lambda *a, **k: pytest.fail("features were computed again"))
+    monkeypatch.setattr(vit.VisionTransformer, "intermediate", lambda *a, **k: pytest.fail("features were computed again"))
     assert mes.main(["runs/demo/teacher_9.pt", "--out", "again.json", "--device", "cpu"]) == rows
 
 

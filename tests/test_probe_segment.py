@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import frozen
 import probe_segment as seg
 import vit
 
@@ -183,19 +184,20 @@ def test_frozen_tokens_are_the_backbones_and_are_kept(tmp_path, monkeypatch):
     paths = [str(p) for p in sorted((disc_tree(tmp_path / "k") / "images").iterdir())][:10]  # more than a batch of 8
     model, folder = tiny_vit(registers=2), tmp_path / "features"
     kept = seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder)
-    assert kept.shape == (10, 2, 4, 5, 16) and kept.dtype == np.float16 and isinstance(kept, np.memmap)
-    x = seg.read_squares(paths[9:], 28)
+    assert kept.shape == (10, 2, 4, 5, 16) and kept[9].dtype == np.float16 and isinstance(kept[9], np.memmap)
+    x = frozen.read_batch(paths[9:], 28, "stretch")
     for view, images in enumerate((x, x.flip(-1))):
         blocks = model.intermediate(images, range(4), norm=False)
         expected = torch.stack([torch.cat([b["cls"][:, None], b["patches"]], 1) for b in blocks], 1)
-        torch.testing.assert_close(torch.from_numpy(np.array(kept[9:, view])).float(), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(torch.from_numpy(kept[9][view].copy())[None].float(), expected, rtol=2e-3, atol=2e-3)
     with monkeypatch.context() as m:
         m.setattr(model, "intermediate", lambda *a, **k: pytest.fail("computed again"))
-        assert np.array_equal(seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder), kept)
-    for other in (dict(model=tiny_vit(registers=2, seed=1)), dict(paths=paths[1:]), dict(kind="boosted"), dict(size=42), dict(mirror=False)):
+        assert np.array_equal(list(seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder)), list(kept))
+    for other in (dict(model=tiny_vit(registers=2, seed=1)), dict(paths=paths[1:]), dict(kind="boosted"), dict(size=42), dict(mirror=False),
+                  dict(dtype=torch.bfloat16)):
         seg.frozen_tokens(**(dict(model=model, paths=paths, kind="dpt", size=28, mirror=True, folder=folder) | other))
-    assert len(list(folder.iterdir())) == 6  # weights, frames, blocks, size and mirror are all in the key
-    monkeypatch.setattr(seg.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 100}))
+    assert len(list(folder.iterdir())) == 7  # weights, frames, blocks, size, mirror and precision are all in the key
+    monkeypatch.setattr(frozen.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 100}))
     with pytest.raises(ValueError, match="need 0.0 GB.*--features"):
         seg.frozen_tokens(model, paths, "linear", 56, mirror=True, folder=folder)
 
@@ -293,7 +295,7 @@ def test_command_prints_rows_twice_the_same(workplace, capsys):
         assert gain["Dice"] == pytest.approx(ours - theirs) and gain["Dice low"] <= gain["Dice"] <= gain["Dice high"]
     for row in results[2:]:
         with Image.open(root / row["panels"]) as sheet:  # per frame 240 pixels and a caption: two worst, median, best, none twice
-            assert sheet.height == 256 * min(6, row["frames tested"]) and sheet.width >= 3 * 240
+            assert sheet.height // 256 == min(6, row["frames tested"]) and sheet.width >= 3 * 240
     assert run(root, trees, "again.json") == [r if r.get("panels") is None else r | {"panels": r["panels"].replace("r.", "again.", 1)} for r in rows]
 
 

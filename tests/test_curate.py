@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter
 
+import clusters
 import curate
 import data
 import synthetic
@@ -157,8 +158,8 @@ def test_concepts_at_50_to_1_come_out_even_where_the_embedding_tells_them_apart(
     g = torch.Generator().manual_seed(0)
     middles = torch.randn(2, 32, generator=g)
     x = F.normalize(middles[[0] * 250 + [1] * 5] + 0.3 * torch.randn(255, 32, generator=g), dim=1)
-    tree = curate.hierarchy(x, [127, 31, 7, 2], 0, 3, lambda name, compute: compute())
-    chosen = curate.balanced_sample(tree, np.arange(255), 10, np.random.default_rng(0))
+    tree = clusters.hierarchy(x, [127, 31, 7, 2], 0, 3, lambda name, compute: compute())
+    chosen = clusters.balanced_sample(tree, np.arange(255), 10, np.random.default_rng(0))
     assert (chosen >= 250).sum() == 5
 
 
@@ -173,14 +174,16 @@ def test_excluded_frames_and_what_resembles_them_are_never_chosen(scenes, plante
     assert report["dropped"]["excluded"] == 6  # and their copies
 
 
-STAGES = ("quality", "descriptor", "duplicates", "kmeans", "balanced_sample", "write_manifest")
+STAGES = (("curate", "quality"), ("curate", "descriptor"), ("curate", "duplicates"), ("clusters", "kmeans"),
+          ("curate", "balanced_sample"), ("curate", "write_manifest"))
 
 
 def test_the_result_is_the_same_after_a_kill_in_any_stage(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(curate, "BATCH", 16)
     run(planted, tmp_path / "whole", "--target", 8)
-    for name in STAGES:
-        real, calls = getattr(curate, name), []
+    for module, name in STAGES:
+        module, calls = globals()[module], []
+        real = getattr(module, name)
 
         def dies(*args, **kwargs):
             calls.append(1)
@@ -189,7 +192,7 @@ def test_the_result_is_the_same_after_a_kill_in_any_stage(planted, tmp_path, mon
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(curate, name, dies)
+            patch.setattr(module, name, dies)
             run(planted, tmp_path / "killed", "--target", 8)
     seen = []
     monkeypatch.setattr(curate, "quality", lambda *a: seen.append(a))
@@ -217,10 +220,10 @@ def test_no_stage_reads_more_than_a_chunk_of_the_embeddings(monkeypatch):
             Counted.most = max(Counted.most, len(rows))
             return rows
 
-    monkeypatch.setattr(curate, "CHUNK", 16 * 64)
-    monkeypatch.setattr(curate, "SAMPLE", 64)
+    monkeypatch.setattr(clusters, "CHUNK", 64 * 64)
+    monkeypatch.setattr(clusters, "SAMPLE", 64)
     x = Counted(blobs(), np.arange(len(blobs())))
-    curate.hierarchy(x, [16], 0, 3, lambda name, compute: compute())
+    clusters.hierarchy(x, [16], 0, 3, lambda name, compute: compute())
     curate.resembling(x, blobs()[:2], 0.9)
     assert len(x) > 128 and Counted.most <= 64
 
@@ -253,40 +256,40 @@ def lloyd(x, k, rng):
 def test_kmeans_is_as_good_as_the_best_of_ten_lloyd_runs(k):
     x, rng = blobs(), np.random.default_rng(1)
     best = min(lloyd(x, k, rng) for _ in range(10))
-    centres, labels, cosines = curate.kmeans(x, k)
+    centres, labels, cosines = clusters.kmeans(x, k)
     assert 1 - cosines.mean() <= 1.02 * best
     assert torch.equal((x @ centres.T).argmax(1), torch.from_numpy(labels)) and len(set(labels)) == k
 
 
 def test_kmeans_repeats_and_does_not_depend_on_the_chunks(monkeypatch):
     x = blobs()
-    first = curate.kmeans(x, 8, seed=3)
-    monkeypatch.setattr(curate, "CHUNK", 16 * 50)
-    second = curate.kmeans(x, 8, seed=3)
+    first = clusters.kmeans(x, 8, seed=3)
+    monkeypatch.setattr(clusters, "CHUNK", 64 * 50)
+    second = clusters.kmeans(x, 8, seed=3)
     assert np.array_equal(first[1], second[1]) and torch.allclose(first[0], second[0], atol=1e-6)
 
 
 def test_an_empty_cluster_restarts_and_identical_frames_are_no_trouble():
     x = F.normalize(torch.tensor([[1., 0], [1, 0], [1, 0], [0, 1]]), dim=1)
-    assert curate.kmeans(x, 2)[2].min() > 0.999
-    curate.kmeans(x, 4)
+    assert clusters.kmeans(x, 2)[2].min() > 0.999
+    clusters.kmeans(x, 4)
 
 
 def test_equal_shares():
     rng = np.random.default_rng(0)
-    assert curate.equal_shares(10, np.array([1, 100, 2, 50]), rng).sum() == 10
-    assert curate.equal_shares(9, np.array([1, 100, 2, 50]), rng).tolist() == [1, 3, 2, 3]
-    assert curate.equal_shares(999, np.array([1, 5]), rng).tolist() == [1, 5]
+    assert clusters.equal_shares(10, np.array([1, 100, 2, 50]), rng).sum() == 10
+    assert clusters.equal_shares(9, np.array([1, 100, 2, 50]), rng).tolist() == [1, 3, 2, 3]
+    assert clusters.equal_shares(999, np.array([1, 5]), rng).tolist() == [1, 5]
     for _ in range(200):
         sizes, n = rng.integers(0, 9, 7), int(rng.integers(0, 40))
-        shares = curate.equal_shares(n, sizes, rng)
+        shares = clusters.equal_shares(n, sizes, rng)
         assert shares.sum() == min(n, sizes.sum()) and (shares <= sizes).all() and (shares >= 0).all()
         assert shares.max(initial=0) - shares[shares < sizes].min(initial=99) <= 1  # nobody with room is two behind
 
 
 def test_sampling_goes_down_the_hierarchy():
     tree = [np.repeat([0, 1, 2], [90, 9, 3]), np.array([0, 0, 1])]  # two leaves under the first top cluster, one under the second
-    chosen = curate.balanced_sample(tree, np.arange(102), 6, np.random.default_rng(0))
+    chosen = clusters.balanced_sample(tree, np.arange(102), 6, np.random.default_rng(0))
     counts = np.bincount(tree[0][chosen], minlength=3)
     assert counts[2] == 3 and sorted(counts[:2]) == [1, 2]
 

@@ -19,7 +19,7 @@ import vit
 from dino import make_schedules
 
 MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it; the others may not
-    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "device", "compile", "shard", "checkpoint_activations",
+    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "threads", "device", "compile", "shard", "checkpoint_activations",
     "save_every", "export_every", "log_every", "max_skips", "probe_every", "probe_data", "probe_task"}
 
 
@@ -65,7 +65,7 @@ def plain_teacher(model, args):
     """The teacher's backbone, whole and on the CPU, in every process; all must call it."""
     state = whole(model.teacher["backbone"].state_dict())
     with torch.device("meta"):
-        backbone = vit.build_vit(args.arch, image_size=args.global_size)
+        backbone = vit.build_vit(args.arch, image_size=14 * math.isqrt(state["pos_embed"].shape[1] - 1))
     backbone.load_state_dict(state, assign=True)
     return backbone.eval()
 
@@ -110,11 +110,11 @@ def check_room(args, model):
 def resume(model, optimizer, args, global_batch, say):
     """Where the run stands: {"step": steps done, "skips", "best", "global_batch"}; model and optimiser filled if it goes on."""
     progress = {"step": 0, "skips": 0, "best": -math.inf, "global_batch": global_batch}
-    path = pathlib.Path(args.out) / "last.pt" if args.resume in ("auto", "no") else pathlib.Path(args.resume)
-    if args.resume == "no" or args.resume == "auto" and not path.exists():
+    path = run_file(args)
+    if path is None:
         return progress
     state = read_run(path)
-    check_same_run(state["args"], args, path)
+    say(*check_same_run(state["args"], args, path), sep="\n", end="")
     load_checkpoint(path, model, optimizer, state)
     progress |= {key: state[key] for key in ("step", "skips", "best")}
     if progress["step"] > args.steps:
@@ -123,6 +123,20 @@ def resume(model, optimizer, args, global_batch, say):
     old = make_schedules(argparse.Namespace(**state["args"]), state["global_batch"])
     say(*schedule_changes(old, make_schedules(args, global_batch), progress["step"]), sep="\n", end="")
     return progress
+
+
+def run_file(args):
+    """The file from which this run goes on, or None if it begins anew."""
+    last = pathlib.Path(args.out) / "last.pt"
+    if args.resume == "no" or args.resume == "auto" and not last.exists():
+        return None
+    return last if args.resume == "auto" else pathlib.Path(args.resume)
+
+
+def stored_size(args):
+    """Side in pixels of the position embedding of the run that goes on; None if it begins anew."""
+    path = run_file(args)
+    return path and 14 * math.isqrt(read_run(path)["student"]["backbone.pos_embed"].shape[1] - 1)
 
 
 def read_run(path):
@@ -168,12 +182,20 @@ def plain(args):
 
 
 def check_same_run(saved, args, path):
-    """Refuse to go on with arguments that contradict the checkpoint's."""
+    """Refuse to go on with arguments that contradict the checkpoint's; lines to print about a difference that is allowed.
+
+    The number type is what the matrix products were computed in; with the same --precision auto it may be another one on
+    another machine."""
     now = plain(args)
+    same_type = saved.get("number_type") == now["number_type"]
+    may_change = MAY_CHANGE | {"number_type"} | ({"precision"} if same_type else set())
     differ = [f"  {k}: {saved.get(k)} in the checkpoint, {now.get(k)} asked for" for k in sorted(saved.keys() | now.keys())
-              if k not in MAY_CHANGE and saved.get(k) != now.get(k)]
+              if k not in may_change and saved.get(k) != now.get(k)]
     if differ:
         raise SystemExit(f"{path} was made with other arguments; give the same ones, another --out, or --resume no:\n" + "\n".join(differ))
+    if same_type or "number_type" not in saved:
+        return []
+    return [f"matrix products were in {saved['number_type']} until now; --precision auto chooses {now['number_type']} here\n"]
 
 
 def schedule_changes(old, new, step):

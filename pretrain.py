@@ -16,7 +16,9 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -31,7 +33,7 @@ import data
 import dino_loss as losses
 import synthetic
 import vit
-from checkpoint import check_room, cut_log, keep_nonfinite, plain, plain_teacher, resume, save_checkpoint, save_teacher
+from checkpoint import check_room, cut_log, keep_nonfinite, plain, plain_teacher, resume, save_checkpoint, save_teacher, stored_size
 from dino import DINOv2, clip_gradients, cosine_schedule, everywhere, make_schedules, param_groups, train_step  # noqa: F401
 
 # One row per recipe; every entry is the default of the flag of that name. Warm-ups and freezes are fractions of --steps.
@@ -77,15 +79,17 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, epilog=recipe_table())
     box = parser.add_argument_group("what to train").add_argument
     box("--arch", default="vitb14", choices=vit.ARCHS, help="Vision Transformer; vitt14 is the small one for CPUs")
-    box("--recipe", default="scratch", choices=RECIPES, help="row of the table below: the default of every flag without one here")
+    box("--recipe", choices=RECIPES, help="row of the table below: the default of every flag without one here; not given, it is "
+        "scratch on a GPU and demo without one")
     box("--init", help="warm start from a backbone: ours, released DINOv2 weights or a DINOv2 training checkpoint (then with its heads, "
-        "where they fit); the position embedding is resized. --recipe adapt is made for it")
+        "where they fit); its position embedding stays as it is stored. --recipe adapt is made for it")
     box("--seed", type=int, default=0, help="the run is a function of it, bit for bit on CPUs")
 
     box = parser.add_argument_group("frames").add_argument
     box("--data", help="folder of frames (sub-folder = video) or manifest.csv of curate.py; without it synthetic frames are made and used")
     box("--frames", help="file with the stems or paths to use, one a line: keep the test frames of your probes out")
-    box("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) // 2)), help="processes per process that decode and crop")
+    box("--workers", type=int, default=argparse.SUPPRESS, help="processes per process that decode and crop; not given, they share the "
+        "cores with the threads that train")
     box("--global-size", type=int, default=argparse.SUPPRESS, help="px of the two global crops, a multiple of 14")
     box("--local-size", type=int, default=argparse.SUPPRESS, help="px of the local crops, a multiple of 14")
     box("--local-crops", type=int, default=argparse.SUPPRESS, help="local crops per frame; they cost most of a step")
@@ -139,8 +143,9 @@ def parse(argv=None):
 
     box = parser.add_argument_group("machine").add_argument
     box("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto = a GPU if there is one")
-    box("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto = bfloat16 autocast on GPUs that have it")
-    box("--compile", action="store_true", help="torch.compile each block: minutes of start-up, then faster on GPUs")
+    box("--precision", default="auto", choices=("auto", *vit.PRECISIONS), help="number type of the matrix products; auto = bf16 where the "
+        "hardware multiplies it, else fp16 on GPUs and fp32 on CPUs")
+    box("--compile", action="store_true", help="torch.compile each block: minutes of start-up, then faster")
     box("--shard", action="store_true", help="FSDP2 instead of DDP, for a model that does not fit one GPU")
     box("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: a third slower, far less memory")
     return complete(parser, parser.parse_args(argv))
@@ -162,10 +167,15 @@ def complete(parser, args):
     """Fill in what was not given: the device, then the recipe's row, shrunk without a GPU."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.recipe is None:
+        args.recipe = "scratch" if args.device != "cpu" else "demo"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no --recipe: {args.recipe}, " + ("made for hundreds of steps on a CPU" if args.device == "cpu" else "DINOv2's own"))
     row, given = dict(RECIPES[args.recipe]), vars(args)
     if args.device == "cpu":
         row |= {key: RECIPES["demo"][key] for key in SHRINK_ON_CPU}
     args = argparse.Namespace(**{**row, **given})
+    args.workers, args.threads = share_cores(cores(), args.device != "cpu", threads_set(), given.get("workers"))
     args.save_every = given.get("save_every", min(500, max(1, args.steps // 10)))
     args.out = args.out or f"runs/{args.arch}-{args.recipe}"
     for name in ("global_size", "local_size"):
@@ -177,10 +187,34 @@ def complete(parser, args):
     return args
 
 
+def cores():
+    """Cores of this process: those that its affinity allows, shared with the other processes that torchrun started here."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return max(1, len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def threads_set():
+    """OMP_NUM_THREADS, or None where it is not set to a number; torchrun sets it to 1 for several processes."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) else None
+
+
+def share_cores(n, gpu=False, threads=None, workers=None):
+    """How a process uses its n cores: (loader processes, threads that train); what is given stays.
+
+    A core that trains on a CPU takes about a seventh of what a core decodes, so from 4 cores on one in eight decodes, and
+    below that the threads fetch their own batches. A GPU is fed by all cores but one, 8 at most."""
+    if workers is None:
+        most = 8 if gpu or threads else (n + 4) // 8
+        workers = max(int(gpu), min(most, n - (threads or 1)))
+    return workers, threads or max(1, n - workers)
+
+
 def start(args):
     """Join the process group that torchrun announces, if it does: (device, rank, world size)."""
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
+    torch.set_num_threads(args.threads)
     if args.device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise SystemExit(f"--device cuda: process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
@@ -192,6 +226,7 @@ def start(args):
         store = None if "RANK" in os.environ else dist.HashStore()
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, store=store,
                                 timeout=datetime.timedelta(hours=2))  # the others wait while rank 0 probes
+    args.number_type = next(name for name, dtype in vit.PRECISIONS.items() if dtype == vit.precision(device, args.precision))
     return device, rank, world
 
 
@@ -210,19 +245,26 @@ def open_frames(args, say):
 
 
 def build_model(args, say):
-    """Student and teacher on the CPU, the same in every process."""
+    """Student and teacher on the CPU, the same in every process. The position embedding keeps the grid of --init's file, or
+    of the run that goes on; a new one has a global crop's. `forward` interpolates it for crops of other sizes."""
     torch.manual_seed(args.seed)
-    backbone = vit.build_vit(args.arch, image_size=args.global_size, drop_path=args.drop_path)
+    size, loaded = stored_size(args), None
     if args.init:
         try:
-            loaded = vit.load_backbone(args.init, image_size=args.global_size)
-            vit.check_same_tensors(backbone.state_dict(), loaded.state_dict(), f"--arch {args.arch} --init {args.init}")
+            loaded = vit.load_backbone(args.init, image_size=size)
         except (OSError, ValueError) as error:
+            raise SystemExit(f"--init: {error}") from error
+        size = 14 * math.isqrt(loaded.pos_embed.shape[1] - 1)
+    backbone = vit.build_vit(args.arch, image_size=size or args.global_size, drop_path=args.drop_path)
+    if loaded:
+        try:
+            vit.check_same_tensors(backbone.state_dict(), loaded.state_dict(), f"--arch {args.arch} --init {args.init}")
+        except ValueError as error:
             raise SystemExit(f"--init: {error}") from error
         backbone.load_state_dict(loaded.state_dict())
     backbone.checkpoint_activations = args.checkpoint_activations
     model = DINOv2(backbone, args.prototypes, args.head_hidden, args.bottleneck, args.separate_heads, 256, args.centering, args.koleo)
-    if args.init:
+    if loaded:
         load_heads(model, args.init, say)
     return model
 
@@ -248,6 +290,7 @@ def distribute(model, args, device, world):
     """Move to the device, compile and wrap: returns the callable for the forward pass."""
     model.to(device)
     if args.compile:
+        check_compiler(device)
         for block in [*model.student["backbone"].blocks, *model.teacher["backbone"].blocks]:
             block.compile()
     if args.shard:
@@ -261,13 +304,20 @@ def distribute(model, args, device, world):
     return model
 
 
+def check_compiler(device):
+    """On a CPU torch.compile writes C++: say at once where nothing can compile it."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch._inductor.config
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise SystemExit(f"--compile needs a C++ compiler on a CPU and {compiler} is not there: install it, name another one in "
+                         "the environment variable CXX, or leave --compile out")
+
+
 def make_optimizer(model, args):
     return torch.optim.AdamW(param_groups(model.student, args.layerwise_decay, args.patch_embed_lr), lr=0.0, betas=(0.9, 0.999), fused=True)
 
 
 def autocast_for(args, device):
-    on = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return vit.autocast(device, vit.precision(device, args.precision))
 
 
 def make_batches(args, frames, start, rank, world, device):
@@ -290,14 +340,31 @@ def next_batch(batches):
 # --- watching ---------------------------------------------------------------------------------------------------------
 
 
-def initial_loss_report(terms, args):
-    """At the start student and teacher know nothing of each other: every cross-entropy is near ln K."""
-    pairs, log_k = 2 + 2 * args.local_crops, math.log(args.prototypes)
-    healthy = {"dino_local": 2 * args.local_crops / pairs * log_k, "dino_global": 2 / pairs * log_k, "ibot": 0.5 * log_k}
-    text = "first step: " + ", ".join(f"{k} {terms[k]:.3f} (healthy {v:.3f})" for k, v in healthy.items()) + f", koleo {terms['koleo']:.3f}"
-    if any(abs(terms[k] / v - 1) > 0.1 for k, v in healthy.items()):
-        text += "\nWARNING: the initial loss is more than 10 % off; expected only when --init brings trained heads"
-    return text
+def healthy_cross_entropies(n_prototypes, bottleneck, temp, student_temp=0.1, draws=32):
+    """Between which values a new network's cross-entropy lies, in nats per pair: (low, high), each with four deviations
+    over the draw of the prototypes. low: the student says what the teacher says; high: they have nothing in common.
+
+    Logits are cosines in `bottleneck` dimensions, so z is nearly normal with deviation bottleneck^-1/2. On average over z
+    the cross-entropy is a little over ln K. A teacher that is not centred yet puts its weight softmax(z / temp) on the
+    largest z; crops of one image are alike to a new network, so there the student's z is large as well."""
+    z = torch.randn(draws, n_prototypes, generator=torch.Generator().manual_seed(0)) / math.sqrt(bottleneck)
+    surprise = -(z / student_temp).log_softmax(1)                                  # (draws, K)
+    alike, unrelated = ((z / temp).softmax(1) * surprise).sum(1), surprise.mean(1)  # (draws,)
+    return float(alike.mean() - 4 * alike.std()), float(unrelated.mean() + 4 * unrelated.std())
+
+
+def initial_loss_report(terms, args, temp):
+    """At the start student and teacher know nothing: every cross-entropy is near ln K, and how near can be computed."""
+    pairs = 2 + 2 * args.local_crops
+    share = {"dino_local": 2 * args.local_crops / pairs, "dino_global": 2 / pairs, "ibot": 0.5}  # half of the images are masked
+    text, well = "first step:", True
+    for name, part in share.items():
+        bottleneck = 256 if name == "ibot" and args.separate_heads else args.bottleneck
+        low, high = (part * x for x in healthy_cross_entropies(args.prototypes, bottleneck, temp))
+        text += f" {name} {terms[name]:.3f} (healthy {low:.3f} to {high:.3f}),"
+        well &= 0.9 * low < terms[name] < 1.1 * high
+    text += f" koleo {terms['koleo']:.3f}"
+    return text if well else text + "\nWARNING: a loss is more than 10 % off; expected only when --init brings trained heads"
 
 
 def collapse_warnings(stats, n_prototypes, rows):
@@ -363,7 +430,7 @@ class Log:
         self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
         self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
         if step == 0:
-            self.say(initial_loss_report(terms, args))
+            self.say(initial_loss_report(terms, args, float(now["temp"])))
         if step >= max(100, args.warmup * args.steps):  # every run starts uniform, on few prototypes
             for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
                 if sentence not in self.warned:
@@ -388,7 +455,7 @@ class Log:
 
 
 def main(argv=None):
-    args = parse(argv)
+    args, threads = parse(argv), torch.get_num_threads()
     device, rank, world = start(args)
     stop = []  # names of the signals that asked for the end; a second one is obeyed at once
     handlers = {s: signal.signal(s, lambda number, frame: (stop.append(signal.Signals(number).name), signal.signal(number, signal.SIG_DFL)))
@@ -398,6 +465,7 @@ def main(argv=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -454,7 +522,12 @@ def run(args, device, rank, world, stop):
 def describe(args, model, frames, world, say):
     """Print what will run, and where the numbers come from."""
     if args.device == "cpu" and args.recipe != "demo":
-        say(f"no GPU: {', '.join('--' + k.replace('_', '-') for k in SHRINK_ON_CPU)} default to those of --recipe demo")
+        say(f"no GPU: {', '.join('--' + k.replace('_', '-') for k in SHRINK_ON_CPU)} default to those of --recipe demo. The other values of "
+            f"{args.recipe} are made for long runs: so short a run shows that all works, and learns little; --recipe demo learns")
+    if args.precision == "auto":
+        say(f"--precision auto: matrix products in {args.number_type}, which this {args.device} multiplies in hardware")
+    if args.compile and args.device == "cpu":
+        say("--compile: every block is compiled in the first steps, about a minute and a half on two cores, once per sizes of batch and crops")
     say("\n".join(f"  {k:20} {v}" for k, v in sorted(plain(args).items())))
     n = args.batch * world
     say(f"{sum(p.numel() for p in model.student.parameters()):,} parameters (backbone {sum(p.numel() for p in model.student['backbone'].parameters()):,}), "

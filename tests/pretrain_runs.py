@@ -4,6 +4,7 @@ As a program: pretrain.main for each argument list of a JSON list in turn, keepi
 
     RANK=0 WORLD_SIZE=2 ... python tests/pretrain_runs.py '[["--steps", "4", ...], ...]'
 """
+import functools
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ def tiny():
     """--arch tiny, for these tests alone: other files' tests go through every architecture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.ARCHS, "tiny", TINY)
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums are split among threads: the same in every run
         yield
 
 
@@ -43,15 +45,18 @@ def frames(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(frames, tmp_path_factory):
-    """A run of 30 steps that nothing disturbed."""
-    out = tmp_path_factory.mktemp("unbroken")
-    run(frames, out, steps=30)
-    return out
+    """unbroken("bf16"): the folder of a run of 30 steps in this number type that nothing disturbed."""
+    @functools.cache
+    def folder(precision):
+        out = tmp_path_factory.mktemp("unbroken")
+        run(frames, out, "--precision", precision, steps=30)
+        return out
+    return folder
 
 
 def flags(frames, out, *more, steps=6, batch=4, workers=0):
     """Arguments of a run of a fraction of a second; later flags win."""
-    return ["--arch", "tiny", "--recipe", "demo", "--device", "cpu", "--data", frames, "--out", out, "--steps", steps, "--batch", batch,
+    return ["--arch", "tiny", "--recipe", "demo", "--device", "cpu", "--precision", "fp32", "--data", frames, "--out", out, "--steps", steps, "--batch", batch,
             "--workers", workers, "--global-size", 56, "--local-size", 28, "--local-crops", 2, "--prototypes", 64, "--head-hidden", 48,
             "--bottleneck", 16, "--log-every", 1, "--save-every", 2, *more]
 

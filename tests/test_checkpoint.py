@@ -13,16 +13,18 @@ import pretrain
 import vit
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, workers):
-    (process,) = spawn([flags(frames, tmp_path, steps=30, workers=workers)])
+@pytest.mark.parametrize("workers, precision", [(0, "fp32"), (2, "fp32"), (0, "bf16")])
+def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, workers, precision):
+    """To the bit, in either number type."""
+    unbroken, more = unbroken(precision), ["--precision", precision]
+    (process,) = spawn([flags(frames, tmp_path, *more, steps=30, workers=workers)])
     while not (tmp_path / "log.jsonl").exists() or (tmp_path / "log.jsonl").read_text().count("\n") < 4 + workers:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     process.kill()
     process.wait()
     assert 2 <= final(tmp_path)["step"] < 30
-    run(frames, tmp_path, steps=30, workers=workers)
+    run(frames, tmp_path, *more, steps=30, workers=workers)
     assert len(log(tmp_path)) == 30
     assert_same_run(tmp_path, unbroken)
 
@@ -43,8 +45,47 @@ def test_two_killed_processes_resume_to_the_bit(frames, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_runs_resume_to_the_bit(frames, tmp_path, precision):
+    more = ["--precision", precision, "--compile"]
+    run(frames, tmp_path / "whole", *more, "--save-every", 4, steps=4)
+    go_on = final_after(frames, tmp_path / "half", *more, stop=2)
+    run(frames, go_on, *more, steps=4)
+    assert_same_run(go_on, tmp_path / "whole")
+
+
+def final_after(frames, out, *more, stop):
+    """The folder of a run of 4 steps that ended after `stop` of them, as by a signal."""
+    with pytest.MonkeyPatch.context() as patch:
+        train_step, steps = pretrain.train_step, []
+
+        def signalled_step(*args):
+            steps.append(1)
+            if len(steps) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args)
+        patch.setattr(pretrain, "train_step", signalled_step)
+        run(frames, out, *more, "--save-every", 4, steps=4)
+    assert final(out)["step"] == stop
+    return out
+
+
+def test_another_number_type_chosen_by_auto_is_said(frames, tmp_path, monkeypatch, capsys):
+    """A run moves from a machine that multiplies bf16 to one that does not; asked for, the change is a contradiction."""
+    for name, avx in (("bf16", True), ("fp32", False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        run(frames, tmp_path, "--precision", "auto", steps={"bf16": 1, "fp32": 2}[name])
+        assert final(tmp_path)["args"]["number_type"] == json.loads((tmp_path / "args.json").read_text())["number_type"] == name
+        assert f"matrix products in {name}" in capsys.readouterr().out.replace("--precision auto: ", "")
+    run(frames, tmp_path, "--precision", "fp32", steps=3)  # what auto chose
+    with pytest.raises(SystemExit, match="precision: fp32 in the checkpoint, bf16 asked for"):
+        run(frames, tmp_path, "--precision", "bf16", steps=4)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_saves_then_ends(frames, unbroken, tmp_path, monkeypatch, capsys, name):
+    unbroken, more = unbroken("fp32"), ["--precision", "fp32", "--save-every", 1000]
     before, steps = signal.getsignal(getattr(signal, name)), []
 
     def signalled_step(*args):
@@ -54,10 +95,10 @@ def test_signal_saves_then_ends(frames, unbroken, tmp_path, monkeypatch, capsys,
         return train_step(*args)
     train_step = pretrain.train_step
     monkeypatch.setattr(pretrain, "train_step", signalled_step)
-    run(frames, tmp_path, "--save-every", 1000, steps=30)
+    run(frames, tmp_path, *more, steps=30)
     assert final(tmp_path)["step"] == 5 and name in capsys.readouterr().out
     assert signal.getsignal(getattr(signal, name)) == before
-    run(frames, tmp_path, "--save-every", 1000, steps=30)
+    run(frames, tmp_path, *more, steps=30)
     assert_same_run(tmp_path, unbroken)
 
 
@@ -127,7 +168,20 @@ def test_exports_load_and_warm_start(frames, tmp_path, capsys):
     capsys.readouterr()
     args = pretrain.parse([str(a) for a in flags(frames, tmp_path, "--init", tmp_path / "last.pt", "--global-size", 84)])
     model = pretrain.build_model(args, print)
-    assert model.student["backbone"].pos_embed.shape == (1, 37, 32) and "dino_head taken" in capsys.readouterr().out
+    assert model.student["backbone"].pos_embed.shape == (1, 17, 32) and "dino_head taken" in capsys.readouterr().out
     for part in (model.student, model.teacher):
         assert torch.equal(part["backbone"].norm.weight, teacher["norm.weight"])
         assert torch.equal(part["dino_head"].last_layer.weight_v, final(tmp_path)["teacher"]["dino_head.last_layer.weight_v"])
+
+
+def test_warm_start_keeps_the_stored_position_grid(frames, tmp_path):
+    """A 4 x 4 grid trained on crops of 84 px stays 4 x 4, in the exports and in a run that goes on, with and without --init."""
+    run(frames, tmp_path / "first", steps=2)
+    warm = ["--init", tmp_path / "first" / "teacher_2.pt", "--global-size", 84, "--lr", 0, "--min-lr", 0]
+    run(frames, tmp_path / "second", *warm, steps=2)
+    before, after = (vit.load_backbone(tmp_path / run / "teacher_2.pt") for run in ("first", "second"))
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    assert after.pos_embed.shape == before.pos_embed.shape == (1, 17, 32)
+    assert torch.equal(before(images)["cls"], after(images)["cls"])  # nothing was learnt at rate 0, and nothing resized
+    run(frames, tmp_path / "second", *warm[2:], steps=3)
+    assert final(tmp_path / "second")["step"] == 3

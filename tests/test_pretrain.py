@@ -1,4 +1,5 @@
 """Whole runs of pretraining with a tiny network: split over processes, poisoned, recomputed, and whether they learn."""
+import os
 import pathlib
 
 import numpy as np
@@ -139,6 +140,37 @@ def test_learns_and_is_watched_on_synthetic_frames(tmp_path, capsys):
     assert best["metrics"]["kappa"] == max(r["probe"]["kappa"] for r in probes) and best["step"] in (100, 200)
 
 
+@pytest.mark.parametrize("arch", [name for name in vit.ARCHS])
+def test_a_new_network_starts_in_the_healthy_range(frames, arch, monkeypatch):
+    """No warning at the first step of any recipe: the teacher of `scratch` is not centred yet, so that its loss is below
+    ln K by more than a tenth. Two blocks of each architecture, as LayerScale makes the others small at the start."""
+    monkeypatch.setitem(vit.ARCHS, arch, vit.ARCHS[arch] | {"depth": 2})
+    for recipe in pretrain.RECIPES:
+        args = pretrain.parse([str(a) for a in ["--arch", arch, "--recipe", recipe, "--device", "cpu", "--data", frames, "--workers", 0,
+                                                "--batch", 4, "--head-hidden", 512]])
+        assert "WARNING" not in first_step(args), recipe
+
+
+@pytest.mark.parametrize("temp", [0.02, 0.04, 0.07])
+@pytest.mark.parametrize("k", [16, 1024, 65536])
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+def test_the_healthy_range_holds_for_every_temperature_and_number_of_prototypes(frames, centering, k, temp):
+    args = pretrain.parse([str(a) for a in flags(frames, "", "--centering", centering, "--prototypes", k, "--bottleneck", 256, "--batch", 4)])
+    args.teacher_temp_start = temp
+    assert "WARNING" not in first_step(args)
+
+
+def first_step(args):
+    """The report on the first step of these arguments, of one process."""
+    model = pretrain.build_model(args, print).train()
+    batch = next(pretrain.make_batches(args, pretrain.open_frames(args, print), 0, 0, 1, torch.device("cpu")))
+    temp = pretrain.make_schedules(args, args.batch)["temp"][0]
+    with torch.no_grad():
+        terms = model(pretrain.augment.augment(batch, "cpu"), temp)
+    assert "WARNING" in pretrain.initial_loss_report({name: 2 * term for name, term in terms.items()}, args, temp)
+    return pretrain.initial_loss_report(terms, args, temp)
+
+
 def test_warns_of_collapse():
     spread = {"kl_to_uniform": 2.0, "entropy_of_mean": 3.0, "prototypes_used": 30}
     assert pretrain.collapse_warnings(spread, 64, 32) == []
@@ -156,6 +188,42 @@ def test_help_names_every_recipe_and_needs_nothing(capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in pretrain.RECIPES) and "square" not in out.split("usage")[0]
     assert all(f"--{key.replace('_', '-')}" in out for key in pretrain.RECIPES["scratch"])
+
+
+def test_without_a_gpu_and_a_recipe_it_is_the_demo_whole(capsys):
+    """`torchrun pretrain.py --arch vitb14` in a classroom: not scratch's temperatures at the demo's sizes."""
+    args = vars(pretrain.parse(["--arch", "vitb14", "--device", "cpu"]))
+    assert args["recipe"] == "demo" and "no --recipe: demo" in capsys.readouterr().out
+    assert {key: args[key] for key in pretrain.RECIPES["demo"]} == pretrain.RECIPES["demo"]
+    assert pretrain.parse(["--device", "cuda"]).recipe == "scratch"
+
+
+@pytest.mark.parametrize("cores, on_cpu, on_gpu", [(1, (0, 1), (1, 1)), (2, (0, 2), (1, 1)), (4, (1, 3), (3, 1)), (16, (2, 14), (8, 8))])
+def test_cores_are_shared_so_that_none_is_idle_or_fought_over(cores, on_cpu, on_gpu):
+    assert pretrain.share_cores(cores) == on_cpu and pretrain.share_cores(cores, gpu=True) == on_gpu
+    assert sum(on_cpu) == cores
+    assert pretrain.share_cores(cores, threads=1) == (min(8, cores - 1), 1)          # OMP_NUM_THREADS is obeyed
+    assert pretrain.share_cores(cores, workers=1) == (1, max(1, cores - 1))          # so is --workers
+    assert pretrain.share_cores(cores, threads=3, workers=5) == (5, 3)
+
+
+def test_cores_are_those_of_the_affinity_and_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for processes, expected in (("1", (2, 14)), ("4", (1, 3)), ("8", (0, 2)), ("32", (0, 1))):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        args = pretrain.parse(["--device", "cpu"])
+        assert (args.workers, args.threads) == expected, processes
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    args = pretrain.parse(["--device", "cpu"])
+    assert (args.workers, args.threads) == (2, 2)
+
+
+def test_compile_without_a_compiler_is_one_sentence(frames, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(SystemExit, match="C\\+\\+ compiler.*/nowhere/g\\+\\+"):
+        run(frames, tmp_path, "--compile", steps=1)
 
 
 def test_every_recipe_names_the_same_flags():

@@ -117,7 +117,8 @@ class MultiCrop(torch.utils.data.Dataset):
         substitutes = stream(self.seed, REPLACE, epoch, frame).integers(len(self.frames), size=20).tolist()
         for candidate in [frame] + substitutes:
             try:
-                return candidate, *self.crops(candidate, stream(self.seed, CROPS, epoch, frame)), failed
+                draw = data.retried(lambda: self.crops(candidate, stream(self.seed, CROPS, epoch, frame)))
+                return candidate, *draw(), failed
             except data.BadImage as error:
                 failed.append((candidate, str(error)))
         raise data.BadImage("no readable frame in 20 draws:\n  " + "\n  ".join(message for _, message in failed))

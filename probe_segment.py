@@ -103,11 +103,8 @@ def frozen_tokens(model, paths, kind, size, mirror, folder="features", dtype=tor
 
 
 def read_mask(path, size=None):
-    """(H, W) bool tensor; with `size`, shrunk to that square. JPEG masks are not clean: polyp is above 127."""
-    with data.opened(path) as image:
-        image = image.convert("L")
-        image = image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image) > 127)
+    """(H, W) bool tensor; with `size`, shrunk to that square (see data.read_mask for how masks may be saved)."""
+    return data.read_mask(path, size)
 
 
 def segmentation_loss(logits, masks):

@@ -530,12 +530,19 @@ def head_network(file, model):
     return network
 
 
-@torch.no_grad()
 def run_heads(model, loaded, images, dtype=torch.float32):
     """What several heads of one view and size say of a batch of frames, in one backbone pass.
 
     images (B, 3, S, S) on the model's device, dtype as vit.precision gives it. Returns one answer
     per head, in their order; see Head."""
+    tokens_of = shared_tokens(model, loaded, images, dtype)
+    with torch.no_grad():
+        return [head(tokens_of(head)) for head in loaded]
+
+
+@torch.no_grad()
+def shared_tokens(model, loaded, images, dtype=torch.float32):
+    """One backbone pass for several heads: a function head -> the tokens (B, L, 1 + N, D) that it reads."""
     wanted = sorted({block for head in loaded for block in head.blocks})
     with vit.autocast(images.device, dtype):
         raw = model.intermediate(images, wanted, norm=False)
@@ -543,5 +550,4 @@ def run_heads(model, loaded, images, dtype=torch.float32):
                   for block, o in zip(wanted, raw)}
         normed = {block: model.norm(tokens[block])
                   for block in {b for head in loaded if head.norm for b in head.blocks}}
-    return [head(torch.stack([(normed if head.norm else tokens)[b] for b in head.blocks], 1))
-            for head in loaded]
+    return lambda head: torch.stack([(normed if head.norm else tokens)[b] for b in head.blocks], 1)

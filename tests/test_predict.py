@@ -1,0 +1,276 @@
+"""predict.py: heads as the probes fitted them, as few passes as they need, tables that go on where they were stopped."""
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import frozen
+import heads
+import predict
+import vit
+from test_frozen import work  # noqa: F401
+
+ROOT = pathlib.Path(predict.__file__).parent
+LANDMARKS, MES, POLYPS = "landmarks.linear", "mes.ordinal", "polyps.linear"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint and three heads of one view and size, their tensors drawn: what they say does not matter."""
+    root = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(dim=64, depth=4, heads=1, image_size=56, layerscale=1.0)
+    vit.save_backbone(root / "A.pt", model, None)
+    model = vit.load_backbone(root / "A.pt")
+    width = dict(mean=torch.zeros(64), std=torch.ones(64))
+    softmax = heads.Softmax(1, False, **width, weight=torch.randn(3, 64), bias=torch.zeros(3))
+    ordinal = heads.Ordinal(1, False, **width, direction=torch.randn(64).double(), thresholds=torch.tensor([-2., 0, 2]).double())
+    polyps = heads.new_polyp_head("linear", 64, 4)
+    torch.nn.init.normal_(polyps.classify.weight)
+    for task, head, network, classes in (("landmarks", "linear", softmax, "abc"), ("mes", "ordinal", ordinal, "0123"),
+                                         ("polyps", "linear", polyps, ["polyp"])):
+        frozen.save_head(root / f"A.{task}.{head}.pt", model, network, task=task, head=head, classes=list(classes), size=28,
+                         view="stretch", setting={"blocks": 1, "patch": False}, metrics={})
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = root / "frames" / f"video{i // 6}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        low = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+        low.resize((56, 42), Image.BICUBIC).save(path)
+    return root
+
+
+def run(root, out, *more, source=None, which=(LANDMARKS, MES, POLYPS)):
+    source = source or ["--data", str(root / "frames")]
+    return predict.main([str(root / "A.pt"), "--heads", *(str(root / f"A.{name}.pt") for name in which), *source, "--out", str(out),
+                         "--precision", "fp32", "--device", "cpu", *more])
+
+
+def table(out):
+    with open(out / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("batch", ["1", "8"])
+def test_labels_and_probabilities_are_the_probes(work, tmp_path, batch):  # noqa: F811
+    """Of the test frames of split 0, as the probe's own head says them."""
+    labelled = data.open_labelled(work / "mes", "mes")
+    rows = labelled.splits[0].test
+    (tmp_path / "frames").mkdir()
+    for i in rows:
+        os.symlink(labelled.paths[i], tmp_path / "frames" / f"{i:06d}{os.path.splitext(labelled.paths[i])[1]}")
+    predict.main([str(work / "teacher_7.pt"), "--heads", str(work / "teacher_7.mes.ordinal.pt"), "--data", str(tmp_path / "frames"),
+                  "--out", str(tmp_path / "out"), "--batch", batch, "--precision", "fp32", "--device", "cpu"])
+    model = vit.load_backbone(work / "teacher_7.pt")
+    head = frozen.load_head(work / "teacher_7.mes.ordinal.pt", model)
+    features = frozen.extract(model, [labelled.paths[i] for i in rows], "cpu", head.size)
+    probability, label = head.network(features)
+    found = table(tmp_path / "out")
+    assert [row["mes ordinal label"] for row in found] == [labelled.classes[k] for k in label]
+    said = np.array([[float(row[f"mes ordinal p({c})"]) for c in labelled.classes] for row in found])
+    np.testing.assert_allclose(said, probability.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_boosted_head_with_scales_is_the_probes(work, tmp_path):  # noqa: F811
+    import probe_segment
+    model = vit.load_backbone(work / "teacher_7.pt")
+    loaded = {"polyps boosted": frozen.load_head(work / "teacher_7.polyps.boosted.pt", model)}
+    image = Image.open(next((work / "polyps" / "images").iterdir())).convert("RGB")
+    passes = predict.plan(loaded, [1, 1.33])
+    said, = predict.predict(model, loaded, passes, [image], torch.float32, predict.Stopwatch("cpu"))
+    head = loaded["polyps boosted"]
+    expected = probe_segment.predict(model, head.network, "boosted", image, (image.height, image.width), [42, 56], mirror=True)
+    np.testing.assert_allclose(said["polyps boosted"], expected.numpy(), rtol=0, atol=1e-5)
+    assert len(passes) == 4 and len(predict.plan(loaded, None)) == 1
+
+
+def test_three_heads_take_one_pass(small, tmp_path, monkeypatch, capsys):
+    calls, intermediate = [], vit.VisionTransformer.intermediate
+    monkeypatch.setattr(vit.VisionTransformer, "intermediate", lambda *a, **k: calls.append(1) or intermediate(*a, **k))
+    about = run(small, tmp_path, "--batch", "4", "--overlays", "all")
+    assert len(calls) == 3 and "3 heads on 1 passes" in capsys.readouterr().out  # 12 frames in batches of 4
+    assert about["frames"] == 12 and about["damaged"] == 0 and sum(about["found"]["landmarks linear"].values()) == 12
+    assert {"decode", "backbone", "mes ordinal", "polyps linear", "overlay", "latency"} <= about["milliseconds"].keys()
+    assert len(list((tmp_path / "overlays").iterdir())) == 12
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["timeline_video0.png", "timeline_video1.png"]
+    for row in table(tmp_path):
+        if row["polyps linear box"]:
+            left, top, right, bottom = map(int, row["polyps linear box"].split())
+            assert 0 <= left < right <= 56 and 0 <= top < bottom <= 42
+            assert 0 < float(row["polyps linear area"]) <= (right - left) * (bottom - top) / (56 * 42) + 1e-4
+
+
+def test_half_precision_stays_close(small, tmp_path):
+    run(small, tmp_path / "a")
+    run(small, tmp_path / "b", "--precision", "bf16")
+    for a, b in zip(table(tmp_path / "a"), table(tmp_path / "b")):
+        for key in a:
+            if " p(" in key:
+                assert abs(float(a[key]) - float(b[key])) < 0.1  # weights of order 1 on features of order 1, 8 bits each
+
+
+@pytest.mark.parametrize("smooth", ["1", "3"])
+@pytest.mark.parametrize("kept", [0, 1, 4, 7, 12])
+def test_a_stopped_run_goes_on_to_the_same_table(small, tmp_path, capsys, kept, smooth):
+    run(small, tmp_path / "whole", "--smooth", smooth)
+    run(small, tmp_path / "again", "--smooth", smooth)
+    whole = (tmp_path / "whole" / "predictions.csv").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    torn = b"".join(lines[:kept + 1]) + (lines[kept + 1][:7] if kept < 12 else b"")
+    (tmp_path / "again" / "predictions.csv").write_bytes(torn)
+    capsys.readouterr()
+    about = run(small, tmp_path / "again", "--smooth", smooth)
+    assert (tmp_path / "again" / "predictions.csv").read_bytes() == whole and about["new frames"] == 12 - kept
+    assert kept == 0 or f"going on after {kept} frames" in capsys.readouterr().out
+
+
+def test_smoothing_means_the_last_probabilities_of_one_video(small, tmp_path):
+    run(small, tmp_path, "--smooth", "3")
+    rows = table(tmp_path)
+    assert "landmarks linear label (running mean of 3 frames)" in rows[0]
+    p = np.array([[float(row[f"landmarks linear p({c})"]) for c in "abc"] for row in rows])
+    for i, row in enumerate(rows):
+        first = max(i - 2, 6 * (i // 6))  # a video has six frames
+        assert row["landmarks linear label (running mean of 3 frames)"] == "abc"[p[first:i + 1].mean(0).argmax()]
+
+
+def test_other_heads_or_frames_do_not_mix(small, tmp_path):
+    run(small, tmp_path)
+    with pytest.raises(SystemExit, match="made with another smoothing"):
+        run(small, tmp_path, "--smooth", "2")
+    with pytest.raises(SystemExit, match="made with another heads"):
+        run(small, tmp_path, which=(MES,))
+
+
+def test_a_damaged_frame_is_a_row_that_says_so(small, tmp_path):
+    (tmp_path / "frames").mkdir()
+    good = next((small / "frames" / "video0").iterdir()).read_bytes()
+    for name, content in (("a.png", good), ("b.png", good[:300]), ("c.png", good)):
+        (tmp_path / "frames" / name).write_bytes(content)
+    about = run(small, tmp_path / "out", source=["--data", str(tmp_path / "frames")])
+    rows = table(tmp_path / "out")
+    assert about["damaged"] == 1 and [bool(row["error"]) for row in rows] == [False, True, False]
+    assert "b.png" in rows[1]["error"] and not rows[1]["landmarks linear label"] and rows[2]["landmarks linear label"]
+
+
+def test_one_sentence_for_what_cannot_be(small, tmp_path, work):  # noqa: F811
+    def sentence(*argv):
+        with pytest.raises(SystemExit) as stop:
+            predict.main([*map(str, argv), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+        return stop.value.code
+    (tmp_path / "empty").mkdir()
+    heads_of = ["--heads", small / "A.mes.ordinal.pt"]
+    assert "no images" in sentence(small / "A.pt", *heads_of, "--data", tmp_path / "empty")
+    assert "another backbone" in sentence(work / "teacher_7.pt", *heads_of, "--data", small / "frames")
+    assert "is no head" in sentence(small / "A.pt", "--heads", small / "A.pt", "--data", small / "frames")
+    assert not (tmp_path / "out").exists()
+
+
+# --- video: a stand-in for ffmpeg on the PATH
+
+
+FAKE = """
+    import os, signal, sys, time
+    words = sys.argv[1:]
+    if "-" == words[-1]:                                        # the reading end: PPM frames, each of one grey
+        if "missing.mp4" in words:
+            sys.exit("missing.mp4: no such file")
+        start = int(next((w.split("start_frame=")[1].split(",")[0] for w in words if "start_frame=" in w), 0))
+        n = int(os.environ.get("FAKE_FRAMES", 10))
+        for i in range(start, n):
+            sys.stderr.write("x" * 4000)                        # nobody may wait for it to be read
+            sys.stdout.buffer.write(b"P6\\n56 42\\n255\\n" + bytes([20 * i % 256, 90, 3 * i % 256]) * (56 * 42))
+            sys.stdout.flush()
+            time.sleep(float(os.environ.get("FAKE_PAUSE", 0)))
+    else:                                                       # the writing end: counts what it is given
+        content = sys.stdin.buffer.read()
+        open(words[-1], "w").write(f"{content.count(b'P6')} frames")
+"""
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "ffmpeg"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n" + textwrap.dedent(FAKE))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    (tmp_path / "film.mp4").write_bytes(b"a film")
+    return ["--video", str(tmp_path / "film.mp4"), "--fps", "5"]
+
+
+def test_a_video_through_a_pipe(small, tmp_path, fake_ffmpeg, monkeypatch):
+    film = tmp_path / "annotated.mp4"
+    about = run(small, tmp_path / "out", "--save-video", str(film), "--batch", "4", "--overlays", "none", source=fake_ffmpeg)
+    rows = table(tmp_path / "out")
+    assert about["frames"] == 10 and [row["seconds"] for row in rows] == [f"{i / 5:.3f}" for i in range(10)]
+    assert film.read_text() == "10 frames" and not (tmp_path / "out" / "overlays").exists()
+    assert (tmp_path / "out" / "timeline_film-mp4.png").exists()
+    whole = (tmp_path / "out" / "predictions.csv").read_bytes()
+    monkeypatch.setenv("FAKE_FRAMES", "6")  # as if it had been stopped after six
+    run(small, tmp_path / "again", "--batch", "4", source=fake_ffmpeg)
+    monkeypatch.setenv("FAKE_FRAMES", "10")
+    run(small, tmp_path / "again", "--batch", "4", "--save-video", str(film), source=fake_ffmpeg)
+    assert (tmp_path / "again" / "predictions.csv").read_bytes() == whole and film.read_text() == "4 frames"
+
+
+def test_a_killed_video_run_goes_on(small, tmp_path, fake_ffmpeg, monkeypatch):
+    run(small, tmp_path / "whole", source=fake_ffmpeg)
+    monkeypatch.setenv("FAKE_PAUSE", "0.2")
+    names = [str(small / f"A.{name}.pt") for name in (LANDMARKS, MES, POLYPS)]
+    command = [sys.executable, str(ROOT / "predict.py"), str(small / "A.pt"), "--heads", *names, *fake_ffmpeg, "--out", str(tmp_path / "out"),
+               "--precision", "fp32", "--device", "cpu", "--batch", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    path = tmp_path / "out" / "predictions.csv"
+    while not path.exists() or path.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    monkeypatch.setenv("FAKE_PAUSE", "0")
+    run(small, tmp_path / "out", source=fake_ffmpeg)
+    assert path.read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+
+
+def test_live_input_takes_the_newest_frame_and_counts_the_dropped(small, tmp_path, fake_ffmpeg, monkeypatch):
+    monkeypatch.setenv("FAKE_FRAMES", "300")
+    about = run(small, tmp_path / "out", "--overlays", "none", source=["--video", "rtsp://camera"])
+    assert about["batch"] == 1 and about["dropped"] > 0 and about["frames"] + about["dropped"] == 300
+    numbers = [int(row["path"].split(":")[-1]) for row in table(tmp_path / "out")]
+    assert numbers == sorted(numbers) and numbers[-1] == 299
+
+
+def test_ffmpeg_missing_or_failing_is_one_sentence(small, tmp_path, fake_ffmpeg, monkeypatch):
+    (tmp_path / "missing.mp4").write_bytes(b"")
+    os.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="missing.mp4: no such file"):
+        run(small, tmp_path / "out", source=["--video", "missing.mp4"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match="ffmpeg is not installed"):
+        run(small, tmp_path / "other", source=["--video", str(tmp_path / "film.mp4")])
+
+
+def test_an_hour_of_video_stays_in_bounded_memory(monkeypatch, fake_ffmpeg):
+    """The reader holds a frame at a time, and no more than `room` of them wait."""
+    ahead = predict.Ahead(predict.Video.__iter__(predict.Video("x", 5)), room=3)
+    first = next(iter(ahead))
+    assert first[0] == "x:000000" and ahead.queue.maxsize == 3
+
+
+def test_it_says_that_it_is_no_medical_device(small, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["--help"])
+    assert predict.NOTE in capsys.readouterr().out
+    run(small, tmp_path)
+    assert predict.NOTE in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["note"] == predict.NOTE

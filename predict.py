@@ -1,12 +1,13 @@
-"""The heads that the probes trained, on frames or a video of your own: one backbone pass for all of them. Not a medical device.
+"""The probes' heads on frames or a video of your own, all of them on one backbone. No medical device.
 
-    python predict.py A.pt --heads A.landmarks.linear.pt A.polyps.linear.pt --data FRAMES --out OUT
-    python predict.py A.pt --heads A.polyps.linear.pt --video colonoscopy.mp4 --save-video annotated.mp4 --out OUT
-    python predict.py A.pt --heads A.polyps.linear.pt --video /dev/video0 --overlays none --out OUT     # live: Ctrl-C ends it
+    python predict.py A.pt --heads A.mes.ordinal.pt A.polyps.linear.pt --data FRAMES --out OUT
+    python predict.py A.pt --heads A.polyps.linear.pt --video FILE.mp4 --save-video OUT.mp4 --out OUT
+    python predict.py A.pt --heads A.polyps.linear.pt --video /dev/video0 --out OUT    # live
 
-The probes write their heads beside the checkpoint as <checkpoint>.<task>.<head>.pt. Heads of one view (how a frame becomes
-a square) and one size share a pass of the backbone. OUT gets predictions.csv (a row per frame: labels, probabilities, area
-and box of the polyp), overlays/, timeline pictures and summary.json. The same command goes on where it was stopped.
+The probes write their heads beside the checkpoint, as <checkpoint>.<task>.<head>.pt. Heads of one
+view (how a frame becomes a square) and one size share a pass of the backbone. OUT gets
+predictions.csv (a row per frame: labels, probabilities, area and box of the polyp), overlays/,
+timeline pictures and summary.json. The same command goes on where it was stopped; Ctrl-C stops it.
 """
 import argparse
 import collections
@@ -40,12 +41,12 @@ import vit
 NOTE = "research only: not a medical device"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frames from a folder, a video file or a camera: (name, video, seconds, PIL image or None, what was wrong)
+# ---------------------------------------------------------------------------------------------
+# Frames of a folder, a video file or a camera: (name, video, seconds, PIL image or None, error)
 
 
 def folder_frames(frames, start):
-    """The frames of a data.Frames from number `start` on, damaged ones as a message. Folders know no time: None."""
+    """The frames of a data.Frames from number `start` on. A folder knows no seconds: None."""
     for i in range(start, len(frames)):
         try:
             yield frames.name(i), frames.video(i), None, data.read_image(frames.path(i)), ""
@@ -53,73 +54,69 @@ def folder_frames(frames, start):
             yield frames.name(i), frames.video(i), None, None, str(error)
 
 
-class Video:
-    """Frames of a file, a camera or a stream through a pipe from ffmpeg, as PPM: each frame says its own size.
+def video_frames(source, fps, start=0):
+    """Frames of a file, a camera or a stream through a pipe from ffmpeg, from number `start` on.
 
-    One frame at a time is held, so an hour's video needs no more memory than a second's."""
-
-    def __init__(self, source, fps, start=0):
-        self.source, self.fps, self.start = source, fps, start
-        wanted = f"fps={fps:g}" + (f",trim=start_frame={start},setpts=PTS-STARTPTS" if start else "")
-        self.errors = tempfile.TemporaryFile()  # a file, not a pipe: nobody need drain it for ffmpeg to go on
-        self.process = ffmpeg("-i", source, "-vf", wanted, "-f", "image2pipe", "-c:v", "ppm", "-",
-                              stdout=subprocess.PIPE, stderr=self.errors)
-
-    def __iter__(self):
-        name, n = os.path.basename(self.source), self.start
-        with self:
-            while (image := read_ppm(self.process.stdout)) is not None:
-                yield f"{name}:{n:06d}", name, n / self.fps, image, ""
+    They come as PPM, in which each says its own size, and one at a time, so an hour needs no more
+    memory than a second. SystemExit with ffmpeg's last words where it fails."""
+    wanted = f"fps={fps:g}"
+    if start:
+        wanted += f",trim=start_frame={start},setpts=PTS-STARTPTS"
+    with tempfile.TemporaryFile() as errors:  # no pipe: a full one would stop ffmpeg
+        process = ffmpeg("-i", source, "-vf", wanted, "-f", "image2pipe", "-c:v", "ppm", "-",
+                         stdout=subprocess.PIPE, stderr=errors)
+        try:
+            name, n = os.path.basename(source), start
+            while (image := read_ppm(process.stdout)) is not None:
+                yield f"{name}:{n:06d}", name, n / fps, image, ""
                 n += 1
-            self.check(n)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """End ffmpeg, whether it has come to the end of its input or not."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-    def check(self, n):
-        """SystemExit with ffmpeg's own last words where it failed."""
-        code = self.process.wait()
-        self.errors.seek(0)
-        words = self.errors.read().decode(errors="replace").strip().splitlines()
-        if code or n == self.start == 0:
-            raise SystemExit(f"--video {self.source}: ffmpeg ended with code {code} after {n} frames: "
-                             f"{words[-1] if words else 'it said nothing; is there a picture in it?'}")
+            if process.wait() or n == 0:
+                raise SystemExit(f"--video {source}: ffmpeg failed after {n} frames: {last_words(errors)}")
+        finally:  # also when nobody wants another frame
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
-def ffmpeg(*words, **pipes):
+def ffmpeg(*words, stdin=subprocess.DEVNULL, **pipes):
     """Start ffmpeg, quiet and without a keyboard."""
     if shutil.which("ffmpeg") is None:
         raise SystemExit("ffmpeg is not installed: --video and --save-video need it on the PATH")
-    return subprocess.Popen(["ffmpeg", "-nostdin", "-v", "error", *words], stdin=pipes.pop("stdin", subprocess.DEVNULL), **pipes)
+    return subprocess.Popen(["ffmpeg", "-nostdin", "-v", "error", *words], stdin=stdin, **pipes)
+
+
+def last_words(errors):
+    """The last line that ffmpeg wrote to its file of errors."""
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing; is there a picture in it?"
 
 
 def read_ppm(stream):
-    """The next binary PPM of a stream as a PIL image; None at its end, or where it was cut short."""
+    """The next binary PPM of a stream as a PIL image; None at its end, also where it is cut short."""
     if stream.readline().strip() != b"P6":
         return None
     width, height = map(int, stream.readline().split())
     stream.readline()  # the largest value: 255
     pixels = stream.read(3 * width * height)
-    return Image.frombytes("RGB", (width, height), pixels) if len(pixels) == 3 * width * height else None
+    if len(pixels) < 3 * width * height:
+        return None
+    return Image.frombytes("RGB", (width, height), pixels)
 
 
 class Ahead:
-    """Read an iterator on a thread, some items ahead, so that decoding and computing overlap. With newest=True, as live
-    input asks, an item that nobody has taken yet gives way to the next one and is counted in `dropped`."""
+    """Reads an iterator on a thread, some items ahead, so that decoding and computing overlap. With
+    newest=True, for live input, an item that nobody has taken gives way to the next one and is
+    counted in `dropped`: what is shown may skip, but never lags."""
 
     def __init__(self, items, room=16, newest=False):
-        self.queue, self.newest, self.dropped = queue.Queue(1 if newest else room), newest, 0
+        self.queue = queue.Queue(1 if newest else room)
+        self.newest, self.dropped = newest, 0
         self.ended, self.seconds = threading.Event(), []  # seconds: what each item took to read
-        threading.Thread(target=self.read, args=(iter(items),), daemon=True).start()
+        threading.Thread(target=self.read, args=(items,), daemon=True).start()
 
     def read(self, items):
-        last = None  # the mark of the end, or what went wrong: it is raised where the items are taken
+        last = None  # the end, or what went wrong: that is raised where the items are taken
         try:
             began = time.perf_counter()
             for item in items:
@@ -155,19 +152,19 @@ class Ahead:
 
 
 def in_batches(items, size):
-    """Lists of `size` items, the last one shorter. (itertools.batched is there from Python 3.12 on.)"""
+    """Lists of `size` items, the last one shorter (itertools.batched, which Python 3.11 lacks)."""
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
         yield batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Passes: what the backbone computes, and for which heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One run of the backbone on a batch: how frames become squares, whether mirrored, and the heads that it serves."""
+    """One run of the backbone: how frames become squares, and the heads that it serves."""
     view: str
     size: int
     mirror: bool
@@ -175,41 +172,43 @@ class Pass:
 
 
 def plan(loaded, scales):
-    """As few passes as the heads {key: frozen.Head} need. A boosted head is read at its own size alone, or at every
-    one of `scales` times that size and mirrored as well, which is how the probe tests it."""
+    """As few passes as the heads {key: frozen.Head} need. A boosted head is read at its own size
+    alone, or at each of `scales` times that size and mirrored as well, as its probe tests it."""
     wanted = collections.defaultdict(list)
     for key, head in loaded.items():
-        boosted = head.name == "boosted" and scales
-        for scale, mirror in itertools.product(scales if boosted else [1], (False, True) if boosted else (False,)):
+        ways = [(1, False)]
+        if head.name == "boosted" and scales:
+            ways = itertools.product(scales, (False, True))
+        for scale, mirror in ways:
             wanted[head.view, round(head.size * scale / 14) * 14, mirror].append(key)
     return [Pass(*how, tuple(keys)) for how, keys in wanted.items()]
 
 
 @torch.no_grad()
 def predict(model, loaded, passes, images, dtype, watch):
-    """What every head says of PIL images: for each {key: probabilities, (C,) of a classifier or (H, W) of a polyp map}.
-    The Stopwatch `watch` gets the seconds of each stage."""
+    """What every head says of PIL images: for each image {key: probabilities}, (C,) of a classifier
+    or (H, W) of a polyp head. The Stopwatch `watch` gets the seconds of each stage."""
     found = [collections.defaultdict(list) for _ in images]
     for one in passes:
         with watch("squares"):
-            squares = torch.stack([data.square(image, one.size, one.view) for image in images])      # (B, 3, S, S)
-            squares = (squares.flip(-1) if one.mirror else squares).to(model.pos_embed.device)
+            x = torch.stack([data.square(image, one.size, one.view) for image in images])
+            x = (x.flip(-1) if one.mirror else x).to(model.pos_embed.device)         # (B, 3, S, S)
         with watch("backbone"):
-            tokens_of = frozen.shared_tokens(model, [loaded[key] for key in one.keys], squares, dtype)
+            tokens_of = frozen.shared_tokens(model, [loaded[key] for key in one.keys], x, dtype)
         for key in one.keys:
             with watch(key):
                 answer = loaded[key](tokens_of(loaded[key]))
                 for i, image in enumerate(images):
                     if loaded[key].task == "polyps":
-                        seen = heads.resize(answer[i], (image.height, image.width)).sigmoid()        # (H, W)
-                        found[i][key].append((seen.flip(-1) if one.mirror else seen).cpu())
+                        p = heads.resize(answer[i], image.size[::-1]).sigmoid()      # (H, W)
+                        found[i][key].append((p.flip(-1) if one.mirror else p).cpu())
                     else:
-                        found[i][key].append(answer[0][i])                                           # (C,)
-    return [{key: torch.stack(seen).mean(0).numpy() for key, seen in said.items()} for said in found]
+                        found[i][key].append(answer[0][i])                           # (C,)
+    return [{key: torch.stack(p).mean(0).numpy() for key, p in said.items()} for said in found]
 
 
 class Stopwatch:
-    """with watch("backbone"): ... adds up the seconds of a stage until `lap` puts them down, shared by n frames."""
+    """`with watch("backbone"):` adds up a stage's seconds until `lap` puts them down for n frames."""
 
     def __init__(self, device):
         self.device, self.running, self.laps = torch.device(device), collections.Counter(), []
@@ -227,22 +226,28 @@ class Stopwatch:
         self.running.clear()
 
     def table(self):
-        """Rows of (stage, median, 95th and 99th percentile in ms per frame), then the latency: the whole batch's."""
+        """Rows (stage, median, 95th and 99th percentile in ms per frame); last the latency, which
+        is the whole batch's: a frame is ready when its batch is."""
         stages = dict.fromkeys(stage for _, lap in self.laps for stage in lap)
-        rows = [(stage, [1e3 * lap.get(stage, 0) / n for n, lap in self.laps]) for stage in stages]
-        rows += [("latency", [1e3 * sum(lap.values()) for _, lap in self.laps])]
-        return [(stage, *np.percentile(ms, (50, 95, 99)).tolist()) for stage, ms in rows]
+        rows = {stage: [lap.get(stage, 0) / n for n, lap in self.laps] for stage in stages}
+        rows["latency"] = [sum(lap.values()) for _, lap in self.laps]
+        return [(stage, *percentiles(seconds)) for stage, seconds in rows.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def percentiles(seconds):
+    """Median, 95th and 99th percentile, in ms."""
+    return (1e3 * np.percentile(seconds, (50, 95, 99))).tolist() if seconds else [0.0] * 3
+
+
+# ---------------------------------------------------------------------------------------------
 # What is written: predictions.csv, a row per frame, and what is drawn from it
 
 
-def columns_of(heads, window):
+def columns_of(loaded, window):
     """The names of a row's columns; those of smoothed labels say so."""
     smooth = f" (running mean of {window} frames)" if window > 1 else ""
     columns = ["path", "video", "seconds", "error"]
-    for key, head in heads.items():
+    for key, head in loaded.items():
         if head.task == "polyps":
             columns += [f"{key} area", f"{key} box"]
         else:
@@ -250,38 +255,34 @@ def columns_of(heads, window):
     return columns
 
 
-def probabilities_in(row, key, head):
-    """(C,) probabilities of a row's columns, or None for a damaged frame."""
-    words = [row.get(f"{key} p({c})") for c in head.classes]
-    return np.array(words, float) if all(words) else None
-
-
 def label_of(head, p):
-    """The class that probabilities (C,) mean: the median grade of an ordinal head, else the likeliest class."""
+    """The class that probabilities (C,) mean: an ordinal head's median grade, else the likeliest."""
     place = np.searchsorted(p.cumsum(), 0.5) if head.name == "ordinal" else p.argmax()
     return head.classes[min(int(place), len(p) - 1)]
 
 
 class Smoothed:
-    """The label of the mean of the last `window` frames' probabilities, within one video. It is computed from the
-    probabilities as the CSV states them, so that a run that goes on from the CSV writes what an unbroken one writes."""
+    """The label of the mean of the last `window` frames' probabilities, within one video. It is
+    computed from the probabilities as the table states them, so that a run that goes on from the
+    table writes what an unbroken one writes."""
 
     def __init__(self, head, key, window):
-        self.head, self.key, self.window, self.video = head, key, window, None
-        self.last = collections.deque(maxlen=window)
+        self.head, self.video, self.last = head, None, collections.deque(maxlen=window)
+        self.columns = [f"{key} p({c})" for c in head.classes]
 
     def __call__(self, row):
         if row["video"] != self.video:
             self.last.clear()
             self.video = row["video"]
-        if (p := probabilities_in(row, self.key, self.head)) is None:
+        if row["error"]:
             return ""
-        self.last.append(p)
+        self.last.append(np.array([row[column] for column in self.columns], float))
         return label_of(self.head, np.mean(self.last, 0))
 
 
 def box_of(mask):
-    """"left top right bottom" in pixels, the last two exclusive, of the True pixels of (H, W); "" where there are none."""
+    """The words "left top right bottom" around the True pixels of (H, W), the last two exclusive;
+    none where there is no such pixel."""
     if not mask.any():
         return ""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -289,16 +290,17 @@ def box_of(mask):
 
 
 class Table:
-    """predictions.csv. Opened again it goes on after its last whole row, if it was made by the same heads from the same
-    frames (run.json tells); `done` is the number of rows that are there."""
+    """predictions.csv. Opened again it goes on after its last whole row, if it was made by the same
+    heads from the same frames (run.json tells); `done` is the number of rows that are there."""
 
     def __init__(self, out, about, columns):
         self.path, self.columns = out / "predictions.csv", columns
         out.mkdir(parents=True, exist_ok=True)
         said = out / "run.json"
-        if said.exists() and (old := json.loads(said.read_text())) != about:
-            differ = ", ".join(k for k in about.keys() | old.keys() if about.get(k) != old.get(k))
-            raise SystemExit(f"--out {out} holds predictions made with another {differ}: name another folder, or remove it")
+        old = json.loads(said.read_text()) if said.exists() else about
+        if differ := ", ".join(k for k in about if about[k] != old.get(k)):
+            raise SystemExit(f"--out {out} holds predictions made with another {differ}: "
+                             "name another folder, or remove it")
         with vit.replacing(said) as temporary:
             temporary.write_text(json.dumps(about, indent=1) + "\n")
         self.keep_whole_rows()
@@ -326,9 +328,10 @@ class Table:
 
 
 def row_of(frame, said, loaded):
-    """A row of the table: frame (path, video, seconds, image, error), said {key: probabilities} or None."""
-    path, video, seconds, image, error = frame
-    row = {"path": path, "video": video, "seconds": "" if seconds is None else f"{seconds:.3f}", "error": error}
+    """A row of the table, but its labels; said {key: probabilities}, None of a damaged frame."""
+    path, video, seconds, _, error = frame
+    row = {"path": path, "video": video, "error": error,
+           "seconds": "" if seconds is None else f"{seconds:.3f}"}
     for key, head in loaded.items() if said else ():
         if head.task == "polyps":
             mask = said[key] > 0.5
@@ -346,61 +349,109 @@ def drawn(frame, said, row, loaded, labels):
             mask = said[key] > 0.5 if mask is None else mask | (said[key] > 0.5)
             lines.append(f"{key}: {float(row[f'{key} area']):.1%} of the frame")
         else:
-            lines.append(f"{key}: {row[labels[key]]} ({probabilities_in(row, key, head).max():.0%})")
+            lines.append(f"{key}: {row[labels[key]]} ({said[key].max():.0%})")
     return figures.overlay(frame[3], mask, lines, NOTE)
+
+
+def slug(words):
+    """What may stand in a file's name on any system."""
+    return re.sub("[^A-Za-z0-9]+", "-", words).strip("-")
 
 
 def draw_timelines(table, loaded, labels, out):
     """timeline_<video>.png of every video of two or more frames; returns their paths."""
-    paths, number = [], {key: {c: i for i, c in enumerate(head.classes)} for key, head in loaded.items()}
+    paths = []
     for video, rows in itertools.groupby(table.rows(), key=lambda row: row["video"]):
-        rows = list(rows)
+        rows, tracks = list(rows), []
         if len(rows) < 2:
             continue
-        timed = all(row["seconds"] for row in rows)
-        tracks = []
         for key, head in loaded.items():
             if head.task == "polyps":
-                areas = [float(row[f"{key} area"]) if row[f"{key} area"] else None for row in rows]
+                areas = [row[f"{key} area"] for row in rows]
+                areas = [float(area) if area else None for area in areas]
                 tracks.append((f"{key}: share of the frame", areas, None))
             else:
-                tracks.append((key, [number[key].get(row[labels[key]]) for row in rows], head.classes))
-        path = out / f"timeline_{re.sub('[^A-Za-z0-9]+', '-', video).strip('-') or 'frames'}.png"
+                number = {name: i for i, name in enumerate(head.classes)}
+                tracks.append((key, [number.get(row[labels[key]]) for row in rows], head.classes))
+        timed = all(row["seconds"] for row in rows)
         times = [float(row["seconds"]) for row in rows] if timed else range(len(rows))
+        path = out / f"timeline_{slug(video) or 'frames'}.png"
         figures.timeline(path, f"{video or 'frames'}: {NOTE}", times, tracks, seconds=timed)
         paths.append(path)
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Film:
+    """The overlays as a video, through a pipe to ffmpeg; the file has its name once it is whole."""
+
+    def __init__(self, path, fps, start):
+        self.path = pathlib.Path(path)
+        self.part = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
+        self.errors = tempfile.TemporaryFile()
+        if start:
+            print(f"--save-video {path} begins at frame {start}: what was drawn before is lost, "
+                  "since a video that was stopped cannot be continued")
+        self.process = ffmpeg(
+            "-y", "-f", "image2pipe", "-c:v", "ppm", "-framerate", f"{fps:g}", "-i", "-",
+            "-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2", "-pix_fmt", "yuv420p", str(self.part),
+            stdin=subprocess.PIPE, stderr=self.errors)
+
+    def add(self, picture):
+        with contextlib.suppress(BrokenPipeError):  # it has ended early: close says why
+            picture.save(self.process.stdin, "PPM")
+
+    def close(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        if self.process.wait():
+            raise SystemExit(f"--save-video {self.path}: ffmpeg failed: {last_words(self.errors)}")
+        os.replace(self.part, self.path)
+
+
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=NOTE)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=NOTE,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("checkpoint", help="the backbone that the heads were fitted on")
-    flag("--heads", nargs="+", required=True, metavar="FILE", help="<checkpoint>.<task>.<head>.pt as the probes write them")
+    flag("--heads", nargs="+", required=True, metavar="FILE",
+         help="<checkpoint>.<task>.<head>.pt, as the probes write them")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="FRAMES", help="folder of frames (a sub-folder counts as a video) or manifest.csv")
-    source.add_argument("--video", metavar="FILE", help="video file; or a camera or stream that ffmpeg reads: then live, which "
-                        "takes the newest frame and counts those that it had to drop")
-    flag("--out", required=True, metavar="OUT", help="folder to write; the same command goes on in it where it was stopped")
-    flag("--fps", type=float, default=25.0, help="frames to look at in a second of --video (default: %(default)g)")
+    source.add_argument("--data", metavar="FRAMES",
+                        help="folder of frames (a sub-folder counts as a video) or manifest.csv")
+    source.add_argument("--video", metavar="FILE",
+                        help="video file; or a camera or stream that ffmpeg reads, which is then "
+                        "live: the newest frame is taken, those dropped are counted")
+    flag("--out", required=True, metavar="OUT",
+         help="folder to write; the same command goes on in it where it was stopped")
+    flag("--fps", type=float, default=25.0,
+         help="frames to look at in a second of --video (default: %(default)g)")
     flag("--save-video", metavar="OUT.mp4", help="the overlays as a video")
-    flag("--overlays", default="20", metavar="none|N|all", help="how many annotated frames to draw, at even distances among those "
-         "of a folder; of a video, one in so many as to give about N an hour (default: %(default)s)")
-    flag("--scales", type=float, nargs="+", help="read a boosted polyp head at these multiples of its size and mirrored as well, as "
-         "its probe does: better and several times slower (default: its own size alone)")
-    flag("--smooth", type=int, default=1, metavar="N", help="label by the mean probabilities of the last N frames (default: %(default)s, "
-         "off); the table's header says so")
+    flag("--overlays", default="20", metavar="none|N|all",
+         help="annotated frames to keep, at even distances: of a video that is N an hour "
+         "(default: %(default)s)")
+    flag("--scales", type=float, nargs="+",
+         help="read a boosted polyp head at these multiples of its size and mirrored as well, as "
+         "its probe does: better, several times slower (default: its own size alone)")
+    flag("--smooth", type=int, default=1, metavar="N",
+         help="label by the mean probabilities of the last N frames; the table's header says so "
+         "(default: %(default)s, off)")
     flag("--batch", type=int, help="frames per pass of the backbone (default: 8; live 1)")
-    flag("--precision", default="auto", choices=("auto", *vit.PRECISIONS), help="type of the products (default: auto, what the hardware has)")
-    flag("--device", default="auto", help="cpu or cuda (default: a GPU if there is one)")
-    args = parser.parse_args(argv)
+    flag("--precision", default="auto", choices=("auto", *vit.PRECISIONS),
+         help="type of the products (default: auto, what the hardware has)")
+    flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU if there is one)")
+    return complete(parser, parser.parse_args(argv))
+
+
+def complete(parser, args):
+    """Fill in what depends on the source and the machine, and refuse what cannot be."""
     args.live = args.video is not None and not os.path.isfile(args.video)
-    args.batch = args.batch or (1 if args.live else 8)
-    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    args.batch = args.batch if args.batch is not None else 1 if args.live else 8
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.overlays not in ("none", "all") and not args.overlays.isdigit():
         parser.error(f"--overlays {args.overlays}: none, all or a number")
     if args.fps <= 0 or min(args.smooth, args.batch) < 1 or min(args.scales or [1]) <= 0:
@@ -410,57 +461,62 @@ def parse(argv):
     return args
 
 
-def open_heads(args, model):
+def open_heads(paths, model):
     """{key: frozen.Head}: a head is called by its task and name; of two the same, by its file."""
     loaded = {}
-    for path in args.heads:
+    for path in paths:
         head = frozen.load_head(path, model)
         key = f"{head.task} {head.name}"
         loaded[key if key not in loaded else pathlib.Path(path).stem] = head
     return loaded
 
 
-def every(args, n):
-    """Draw one frame in so many."""
-    if args.overlays in ("none", "all"):
-        return {"none": None, "all": 1}[args.overlays]
-    total = n if n else 3600 * args.fps
-    return max(1, int(total // max(int(args.overlays), 1))) if int(args.overlays) else None
+def overlay_step(wanted, frames, fps):
+    """Keep one overlay in so many frames; None: none."""
+    if wanted in ("none", "all", "0"):
+        return 1 if wanted == "all" else None
+    return max(int((frames or 3600 * fps) // int(wanted)), 1)
 
 
 def main(argv=None):
     args = parse(argv)
     with frozen.one_sentence():
         model = vit.load_backbone(args.checkpoint, args.device).requires_grad_(False)
-        loaded = open_heads(args, model)
+        loaded = open_heads(args.heads, model)
         frames = data.Frames(args.data) if args.data else None
     dtype, passes = vit.precision(args.device, args.precision), plan(loaded, args.scales)
-    print(f"{len(loaded)} heads on {len(passes)} passes of the backbone ({str(dtype).removeprefix('torch.')}): "
-          + "; ".join(f"{one.size} px {one.view}{' mirrored' * one.mirror}: {', '.join(one.keys)}" for one in passes))
-    out = pathlib.Path(args.out)
-    about = {"checkpoint": frozen.digest(model), "heads": {key: frozen.digest(h.network) for key, h in loaded.items()},
-             "source": os.path.abspath(args.data or args.video), "frames per second": None if args.data else args.fps,
-             "smoothing": args.smooth, "scales": args.scales, "precision": str(dtype), "note": NOTE}
-    table = Table(out, about, columns_of(loaded, args.smooth))
-    return run(args, model, loaded, passes, dtype, frames, table, out)
+    print(f"{len(loaded)} heads on {len(passes)} passes of the backbone in {dtype}:")
+    for one in passes:
+        print(f"  {one.size} px {one.view}{' mirrored' * one.mirror}: {', '.join(one.keys)}")
+    about = {"checkpoint": frozen.digest(model),
+             "heads": {key: frozen.digest(head.network) for key, head in loaded.items()},
+             "source": os.path.abspath(args.data) if args.data else args.video,
+             "frames per second": args.video and args.fps, "smoothing": args.smooth,
+             "scales": args.scales, "precision": str(dtype), "note": NOTE}
+    table = Table(pathlib.Path(args.out), about, columns_of(loaded, args.smooth))
+    return run(args, model, loaded, passes, dtype, frames, table)
 
 
-def run(args, model, loaded, passes, dtype, frames, table, out):
-    """Every frame from where the table ends: predict, write its row, draw it; then the pictures and the summary."""
-    if table.done:
-        print(f"going on after {table.done} frames in {table.path}")
-    source = folder_frames(frames, table.done) if frames else iter(Video(args.video, args.fps, 0 if args.live else table.done))
-    ahead = Ahead(source, newest=args.live)
-    labels = {key: column for column in table.columns for key in loaded if column.startswith(f"{key} label")}
+def run(args, model, loaded, passes, dtype, frames, table):
+    """Every frame from where the table ends: predict, draw, write; then timelines and summary."""
+    out, n, total = table.path.parent, table.done, frames and len(frames)
+    if n:
+        print(f"going on after {n} frames in {table.path}")
+    if frames:
+        source = folder_frames(frames, n)
+    else:
+        source = video_frames(args.video, args.fps, 0 if args.live else n)
+    film = Film(args.save_video, args.fps, n) if args.save_video else None
+    labels = {key: column for column in table.columns for key in loaded
+              if column.startswith(f"{key} label")}
     smooth = {key: Smoothed(loaded[key], key, args.smooth) for key in labels}
-    for row in table.rows():  # what an unbroken run would remember here
-        for key in smooth:
-            smooth[key](row)
-    watch, gap, n, damaged = Stopwatch(args.device), every(args, frames and len(frames)), table.done, 0
-    film = Film(args.save_video, args.fps, n) if args.save_video else contextlib.nullcontext()
-    began = time.perf_counter()
-    bar = tqdm(total=frames and len(frames), initial=n, unit="frame", desc="predict", disable=None)
-    with film, bar, stop_politely() as stopped:
+    for row in table.rows():
+        for remember in smooth.values():  # what an unbroken run would know here
+            remember(row)
+    watch, step = Stopwatch(args.device), overlay_step(args.overlays, total, args.fps)
+    ahead, began = Ahead(source, newest=args.live), time.perf_counter()
+    bar = tqdm(total=total, initial=n, unit="frame", desc="predict", disable=None)
+    with bar, stop_politely() as stopped:
         for batch in in_batches(ahead, args.batch):
             good = [frame[3] for frame in batch if frame[3] is not None]
             answers = iter(predict(model, loaded, passes, good, dtype, watch) if good else ())
@@ -468,27 +524,37 @@ def run(args, model, loaded, passes, dtype, frames, table, out):
                 said = next(answers) if frame[3] is not None else None
                 row = row_of(frame, said, loaded)
                 row |= {labels[key]: smooth[key](row) for key in labels}
-                if said and (args.save_video or gap and n % gap == 0):
+                if said and (film or step and n % step == 0):
                     with watch("overlay"):
                         picture = drawn(frame, said, row, loaded, labels)
-                    if args.save_video:
+                    if film:
                         film.add(picture)
-                    if gap and n % gap == 0:
-                        save_overlay(picture, out, n, frame[0])
+                    if step and n % step == 0:
+                        keep(picture, out / "overlays", f"{n:07d}_{slug(frame[0])[-80:]}.jpg")
                 table.write(row)
-                n, damaged = n + 1, damaged + (said is None)
+                n += 1
             watch.lap(len(batch))
             bar.update(len(batch))
             if stopped:
                 break
+    seconds = time.perf_counter() - began
     table.file.close()
+    if film:
+        film.close()
     pictures = draw_timelines(table, loaded, labels, out)
-    return summarise(args, loaded, passes, table, watch, ahead, n - table.done, damaged, time.perf_counter() - began, pictures, stopped)
+    about = summary(args, table, loaded, labels, watch, ahead, n - table.done, seconds)
+    tell(about, [table.path, out / "summary.json", *pictures], "goes on" if stopped else None)
+    return about
+
+
+def keep(picture, folder, name):
+    folder.mkdir(exist_ok=True)
+    picture.save(folder / name, quality=92)
 
 
 @contextlib.contextmanager
 def stop_politely():
-    """A list that a first Ctrl-C fills, so that the batch at hand is still written; a second one ends at once."""
+    """A list that a first Ctrl-C fills: the batch at hand is still written. A second ends at once."""
     asked = []
 
     def handler(number, frame):
@@ -501,76 +567,37 @@ def stop_politely():
         signal.signal(signal.SIGINT, before)
 
 
-def save_overlay(picture, out, n, name):
-    (out / "overlays").mkdir(exist_ok=True)
-    words = re.sub("[^A-Za-z0-9]+", "-", os.path.splitext(name)[0]).strip("-")[-80:]
-    picture.save(out / "overlays" / f"{n:07d}_{words}.jpg", quality=92)
-
-
-class Film:
-    """The overlays as a video, through a pipe to ffmpeg; it has its name when it is whole."""
-
-    def __init__(self, path, fps, start):
-        self.path, self.process, self.fps = pathlib.Path(path), None, fps
-        self.part = self.path.with_name(f".{self.path.stem}.part{self.path.suffix}")
-        self.errors = tempfile.TemporaryFile()
-        if start:
-            print(f"--save-video {path} begins at frame {start}: what was drawn before went with the run that was stopped")
-
-    def __enter__(self):
-        self.process = ffmpeg("-y", "-f", "image2pipe", "-c:v", "ppm", "-framerate", f"{self.fps:g}", "-i", "-",
-                              "-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2", "-pix_fmt", "yuv420p", str(self.part),
-                              stdin=subprocess.PIPE, stderr=self.errors)
-        return self
-
-    def add(self, picture):
-        try:
-            picture.save(self.process.stdin, "PPM")
-        except BrokenPipeError:
-            self.finish()
-            raise SystemExit(f"--save-video {self.path}: ffmpeg ended early") from None
-
-    def __exit__(self, *_):
-        self.finish()
-
-    def finish(self):
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        if self.process.wait():
-            self.errors.seek(0)
-            words = self.errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-            raise SystemExit(f"--save-video {self.path}: ffmpeg failed: {words[-1]}")
-        os.replace(self.part, self.path)
-
-
-def summarise(args, loaded, passes, table, watch, ahead, n, damaged, seconds, pictures, stopped):
-    """Print and write (summary.json) what was found and how long it took."""
-    counts = {key: collections.Counter() for key in loaded}
+def summary(args, table, loaded, labels, watch, ahead, n, seconds):
+    """What was found in all rows, and how long the n new ones took; also as summary.json."""
+    counts, frames, damaged = {key: collections.Counter() for key in loaded}, 0, 0
     for row in table.rows():
-        for key, head in loaded.items():
-            if head.task == "polyps":
-                counts[key]["with polyp"] += bool(row[f"{key} box"])
-            else:
-                counts[key][next(row[c] for c in table.columns if c.startswith(f"{key} label"))] += 1
-    decode = np.percentile([1e3 * s for s in ahead.seconds] or [0], (50, 95, 99)).tolist()
-    times = [("decode", *decode), *watch.table()] if watch.laps else []
-    rate = n / seconds if n else 0.0
-    about = {"frames": sum(1 for _ in table.rows()), "new frames": n, "damaged": damaged, "dropped": ahead.dropped,
-             "frames per second": rate, "batch": args.batch, "milliseconds": {stage: ms for stage, *ms in times},
-             "found": counts, "note": NOTE}
+        frames, damaged = frames + 1, damaged + bool(row["error"])
+        for key in loaded if not row["error"] else ():
+            said = row[labels[key]] if key in labels else "polyp" if row[f"{key} box"] else "none"
+            counts[key][said] += 1
+    stages = {"decode": percentiles(ahead.seconds)}
+    stages |= {stage: ms for stage, *ms in watch.table()} if watch.laps else {}
+    about = {"frames": frames, "damaged": damaged, "dropped": ahead.dropped, "found": counts,
+             "new frames": n, "frames per second": n / seconds, "batch": args.batch,
+             "milliseconds: median, 95th, 99th percentile": stages, "note": NOTE}
     with vit.replacing(table.path.with_name("summary.json")) as temporary:
         temporary.write_text(json.dumps(about, indent=1) + "\n")
-    print(f"\n{about['frames']} frames ({n} new, {damaged} damaged, {ahead.dropped} dropped) in {seconds:.1f} s: {rate:.1f} frames/s")
-    for key, found in counts.items():
-        print(f"  {key}: " + ", ".join(f"{name or 'damaged'} {k}" for name, k in found.most_common()))
-    if times:
-        print(f"  ms per frame, batch {args.batch}: median, 95th, 99th percentile")
-        print("\n".join(f"  {stage:>20}: {a:7.1f} {b:7.1f} {c:7.1f}" for stage, a, b, c in times))
-        print(f"  {'keeps' if rate >= 25 else 'does not keep'} up with 25 frames per second")
-    print(f"wrote {table.path}, summary.json" + "".join(f", {path}" for path in pictures) + f"\n{NOTE}")
-    if stopped:
-        print("stopped; the same command goes on from here")
     return about
+
+
+def tell(about, written, stopped):
+    """The summary for a person."""
+    rate = about["frames per second"]
+    print(f"\n{about['frames']} frames, {about['new frames']} of them now at {rate:.1f} frames/s; "
+          f"{about['damaged']} damaged, {about['dropped']} dropped")
+    for key, found in about["found"].items():
+        print(f"  {key}: " + ", ".join(f"{name} {n}" for name, n in found.most_common()))
+    print(f"  milliseconds a frame, batch {about['batch']}:   median    95 %    99 %")
+    for stage, ms in about["milliseconds: median, 95th, 99th percentile"].items():
+        print(f"  {stage:>30} " + " ".join(f"{value:7.1f}" for value in ms))
+    print(f"  {'keeps' if rate >= 25 else 'does not keep'} up with 25 frames per second")
+    print("wrote " + ", ".join(map(str, written)))
+    print("stopped: the same command goes on from here" if stopped else NOTE)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
-SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment", "probe_mes", "docs.study", "bench")
+SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment", "probe_mes", "predict", "docs.study", "bench")
 FOREIGN_FLAGS = {"--nproc-per-node", "--help"}  # torchrun's, and everyone's
 texts = pytest.mark.parametrize("path", [README, COURSE], ids=lambda path: path.name)
 

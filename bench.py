@@ -10,22 +10,32 @@ import argparse
 import contextlib
 import functools
 import itertools
+import math
 import os
+import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as T
 
 import augment
 import dino
 import dino_loss
 import pretrain
+import synthetic
 import vit
 from custom_kernels import say_once
+from data import Frames, decode, opened
+from heads import DPTHead, LinearHead, blocks_of, resize
 
 
 def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
@@ -43,7 +53,8 @@ def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
 
 
 def peak_bytes(fn):
-    """Bytes that one call of fn needs at its peak beyond what is held before it: GPU memory, or resident memory on Linux."""
+    """Bytes that one call of fn needs at its peak beyond what is held before it: GPU memory, or resident memory on
+    Linux."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -79,7 +90,8 @@ def device_name():
 
 def table(title, header, rows):
     """Print a GitHub Markdown table under a line that names the device and the versions."""
-    print(f"\n**{title}** ({device_name()}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()})\n")
+    versions = f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    print(f"\n**{title}** ({device_name()}, {versions})\n")
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for row in rows:
@@ -94,53 +106,64 @@ def command(fn):
     return fn
 
 
+def flags_of(name, **how):
+    """The parser of one sub-command."""
+    return argparse.ArgumentParser(prog=f"bench.py {name}", **dict(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter) | how)
+
+
 @command
 def bench_model(argv):
     """images/s and FLOP/s of each architecture; packed multi-crop against separate calls."""
-    from torch.utils.flop_counter import FlopCounterMode
-    from vit import ARCHS, build_vit
-
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.py model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--archs", nargs="+", choices=list(ARCHS), metavar="ARCH", help="architectures",
-                        default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14", "vitb14"])
-    parser.add_argument("--batch", type=int, default=64 if cuda else 4, help="images of 224 px; the multi-crop batch holds as many frames")
-    parser.add_argument("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
+    parser = flags_of("model")
+    flag = parser.add_argument
+    flag("--archs", nargs="+", choices=list(vit.ARCHS), metavar="ARCH", help="architectures",
+         default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14", "vitb14"])
+    flag("--batch", type=int, default=64 if cuda else 4,
+         help="images of 224 px; the multi-crop batch holds as many frames")
+    flag("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
+    flag("--precision", choices=("auto", *vit.PRECISIONS), default="auto", help="number type of the products")
     args = parser.parse_args(argv)
-    device, rows, pack_rows = torch.device("cuda" if cuda else "cpu"), [], []
-    for arch in args.archs:
-        model = build_vit(arch).to(device).train()
-        images = torch.randn(args.batch, 3, 224, 224, device=device)
-        crops = [torch.randn(2 * args.batch, 3, 224, 224, device=device), torch.randn(8 * args.batch, 3, 98, 98, device=device)]
-
-        def call(fn, backward, model=model):
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda), torch.set_grad_enabled(backward):
-                loss = sum(out["cls"].float().square().mean() for out in fn(model))
-            if backward:
-                loss.backward()
-                model.zero_grad()
-
-        def forward(m):
-            return [m(images)]
-
-        def packed(m):
-            return m.forward_packed(crops, [None, None])
-
-        def separate(m):
-            return [m(c) for c in crops]
-
-        with FlopCounterMode(display=False) as counter:
-            call(forward, True)
-        flops = counter.get_total_flops()  # forward and backward; the forward is a third of it
-        t = seconds({"f": lambda: call(forward, False), "fb": lambda: call(forward, True)}, args.runs)
-        rows.append([arch, f"{args.batch / t['f']:.1f}", f"{flops / 3 / t['f'] / 1e12:.3f}", f"{args.batch / t['fb']:.1f}",
-                     f"{flops / t['fb'] / 1e12:.3f}"])
-        t = seconds({"packed": lambda: call(packed, True), "separate": lambda: call(separate, True)}, args.runs)
-        pack_rows.append([arch, f"{t['packed'] * 1e3:.0f}", f"{t['separate'] * 1e3:.0f}", f"{t['packed'] / t['separate']:.3f}"])
-    table(f"Backbone at 224 px, batch {args.batch}, {'bf16 autocast' if cuda else 'float32'}",
+    dtype = vit.precision("cuda" if cuda else "cpu", args.precision)
+    rows, pack_rows = zip(*(model_rows(arch, args.batch, args.runs, dtype) for arch in args.archs))
+    table(f"Backbone at 224 px, batch {args.batch}, {str(dtype)[6:]}",
           ["architecture", "forward images/s", "TFLOP/s", "forward + backward images/s", "TFLOP/s"], rows)
-    table(f"2 x 224 px and 8 x 98 px crops of {args.batch} frames, forward + backward",
+    table(f"2 x 224 px and 8 x 98 px crops of {args.batch} frames, forward + backward, {str(dtype)[6:]}",
           ["architecture", "packed ms", "separate ms", "packed / separate"], pack_rows)
+
+
+def model_rows(arch, B, runs, dtype):
+    """One architecture's row of either table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = vit.build_vit(arch).to(device).train()
+    images = torch.randn(B, 3, 224, 224, device=device)
+    crops = [torch.randn(n * B, 3, side, side, device=device) for n, side in ((2, 224), (8, 98))]
+
+    def forward():
+        with vit.autocast(device, dtype), torch.no_grad():
+            model(images)
+
+    def train(outputs):
+        with vit.autocast(device, dtype):
+            loss = sum(out["cls"].float().square().mean() for out in outputs())
+        loss.backward()
+        model.zero_grad()
+
+    def both():
+        train(lambda: [model(images)])
+
+    with FlopCounterMode(display=False) as counter, countable(device):
+        both()
+    flops = counter.get_total_flops()                    # forward and backward; the forward is a third of it
+    t = seconds({"f": forward, "fb": both}, runs)
+    row = [arch, f"{B / t['f']:.1f}", f"{flops / 3 / t['f'] / 1e12:.3f}",
+           f"{B / t['fb']:.1f}", f"{flops / t['fb'] / 1e12:.3f}"]
+
+    t = seconds({"packed": lambda: train(lambda: model.forward_packed(crops, [None, None])),
+                 "separate": lambda: train(lambda: [model(c) for c in crops])}, runs)
+    packed = [arch, f"{t['packed'] * 1e3:.0f}", f"{t['separate'] * 1e3:.0f}", f"{t['packed'] / t['separate']:.3f}"]
+    return row, packed
 
 
 @command
@@ -258,73 +281,75 @@ def bench_loss(argv):
 @command
 def bench_input(argv):
     """Frames/s of one core through the multi-crop: PIL crop by crop, ours on the CPU, ours without the device's half."""
-    import math
-    import tempfile
-    from pathlib import Path
-
-    import numpy as np
-    from PIL import Image
-
-    from augment import BlockMasks, MultiCrop, augment, collate, stream
-    from data import Frames
-    from synthetic import frames_of
-
-    parser = argparse.ArgumentParser(prog="bench.py input", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16, help="JPEG frames of each size")
-    parser.add_argument("--runs", type=int, default=7, help="timed passes over the frames of each candidate")
-    parser.add_argument("--rate", type=int, default=700, help="images/s that a GPU takes, such as one that trains ViT-B")
+    parser = flags_of("input")
+    flag = parser.add_argument
+    flag("--frames", type=int, default=16, help="JPEG frames of each size")
+    flag("--runs", type=int, default=7, help="timed passes over the frames of each candidate")
+    flag("--rate", type=int, default=700, help="images/s that a GPU takes, such as one that trains ViT-B")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # as in a loader's worker
-    kinds = ("colon", "cecum", "z-line", "retroflex-stomach", "mayo-0", "mayo-2", "mayo-3", "pylorus")
-    jobs = [dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None], masks=None, video=False, size=256)
-            for i in range(args.frames)]
-    small = [Image.fromarray(next(frames_of(job))[0]) for job in jobs]
+    torch.set_num_threads(1)                             # as in a loader's worker
     rows, errors = [], []
     for height, width in ((512, 640), (1080, 1350)):
         with tempfile.TemporaryDirectory() as folder:
-            for i, image in enumerate(small):
-                large = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-                large += stream(0, 0, i).normal(0, 3, large.shape)  # a sensor's noise: as many bytes to decode as real frames have
-                Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i:03d}.jpg", quality=90)
-            size = sum(p.stat().st_size for p in Path(folder).iterdir()) / args.frames
-            frames, keys = Frames(folder), [(0, i, 0, i) for i in range(args.frames)]
-            ours, exact, classical = MultiCrop(frames), MultiCrop(frames, exact_decode=True), pil_multicrop()
-            masks = BlockMasks((16, 16), args.frames)
-            t = seconds({
-                "PIL, one crop at a time (torchvision transforms)": lambda: [classical(frames.path(i)) for i in range(args.frames)],
-                "ours, both halves on the CPU": lambda: augment(collate(ours[keys], masks), "cpu"),
-                "ours, CPU half": lambda: collate(ours[keys], masks),
-                "ours, CPU half, --exact-decode": lambda: collate(exact[keys], masks)},
-                args.runs, clock=time.process_time)  # of this core alone, whatever else the machine does
-            slowest = next(iter(t.values()))
-            rows += [[f"{height}x{width}, {size / 1e3:.0f} kB", name, f"{args.frames / s:.1f}", f"{slowest / s:.2f}",
-                      math.ceil(args.rate * s / args.frames)] for name, s in t.items()]
-            errors.append([f"{height}x{width}", *reduced_error(ours)])
-    table(f"Multi-crop input, 2 x 224 px and 8 x 98 px of a JPEG frame, seconds of one core, medians of {args.runs} alternating passes "
-          f"over {args.frames} frames",
+            size = write_frames(folder, args.frames, height, width)
+            multicrop = augment.MultiCrop(Frames(folder))
+            t = input_seconds(multicrop, args.runs)
+            errors.append([f"{height}x{width}", *reduced_error(multicrop)])
+        slowest = next(iter(t.values()))
+        for name, s in t.items():
+            rows.append([f"{height}x{width}, {size / 1e3:.0f} kB", name, f"{args.frames / s:.1f}",
+                         f"{slowest / s:.2f}", math.ceil(args.rate * s / args.frames)])
+    table(f"Multi-crop input, 2 x 224 px and 8 x 98 px of a JPEG frame, seconds of one core, medians of {args.runs} "
+          f"alternating passes over {args.frames} frames",
           ["frame", "pipeline", "frames/s per core", "times PIL", f"cores for {args.rate} images/s"], rows)
     table("Crops of reduced decoding against the same crops of the whole frame, absolute difference in grey levels",
           ["frame", "frames reduced by", "mean", "99 %", "99.9 %", "largest"], errors)
 
 
-def reduced_error(multicrop):
-    """Which factors the frames are reduced by, and mean, percentiles and maximum of what that does to their crops, in grey levels."""
-    import numpy as np
-    from augment import cut, stream
-    from data import decode, opened
+def write_frames(folder, n, height, width):
+    """n synthetic frames as JPEG files of that size; returns their mean bytes."""
+    kinds = ("colon", "cecum", "z-line", "retroflex-stomach", "mayo-0", "mayo-2", "mayo-3", "pylorus")
+    for i in range(n):
+        job = dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None], masks=None, video=False,
+                   size=256)
+        small = Image.fromarray(next(synthetic.frames_of(job))[0])
+        frame = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        # a sensor's noise: as many bytes to decode as real frames have
+        frame = frame + augment.stream(0, 0, i).normal(0, 3, frame.shape)
+        Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i:03d}.jpg", quality=90)
+    return sum(path.stat().st_size for path in pathlib.Path(folder).iterdir()) / n
 
+
+def input_seconds(ours, runs):
+    """{pipeline: seconds of this core for all of the multi-crop's frames}, whatever else the machine does."""
+    frames, n = ours.frames, len(ours.frames)
+    keys, masks = [(0, i, 0, i) for i in range(n)], augment.BlockMasks((16, 16), n)
+    exact, classical = augment.MultiCrop(frames, exact_decode=True), pil_multicrop()
+    return seconds({
+        "PIL, one crop at a time (torchvision transforms)": lambda: [classical(frames.path(i)) for i in range(n)],
+        "ours, both halves on the CPU": lambda: augment.augment(augment.collate(ours[keys], masks), "cpu"),
+        "ours, CPU half": lambda: augment.collate(ours[keys], masks),
+        "ours, CPU half, --exact-decode": lambda: augment.collate(exact[keys], masks),
+    }, runs, clock=time.process_time)
+
+
+def reduced_error(multicrop):
+    """[which factors the frames are reduced by, then mean, percentiles and maximum of what that does to their crops], in
+    grey levels."""
     factors, differences = [], []
     for i in range(len(multicrop.frames)):
         with opened(multicrop.frames.path(i)) as image:
-            boxes, flips, _ = multicrop.draw(stream(multicrop.seed, 0, 0, i), *image.size)
-            factors.append(multicrop.spare(boxes))
-            small = decode(image, factors[-1])
+            boxes, flips, _ = multicrop.draw(augment.stream(multicrop.seed, 0, 0, i), *image.size)
+            factor = multicrop.spare(boxes)
+            small = decode(image, factor)
         with opened(multicrop.frames.path(i)) as image:
             whole = decode(image)
-        boxes = [[round(x / factors[-1]) for x in box] for box in boxes]
-        pairs = zip(cut(small, boxes, multicrop.sizes, flips),
-                    cut(whole, [[x * factors[-1] for x in box] for box in boxes], multicrop.sizes, flips))
-        differences += [(a.int() - b.int()).abs().flatten().numpy() for a, b in pairs if factors[-1] > 1]
+        factors.append(factor)
+        boxes = [[round(x / factor) for x in box] for box in boxes]
+        coarse = augment.cut(small, boxes, multicrop.sizes, flips)
+        fine = augment.cut(whole, [[x * factor for x in box] for box in boxes], multicrop.sizes, flips)
+        if factor > 1:
+            differences += [(a.int() - b.int()).abs().flatten().numpy() for a, b in zip(coarse, fine)]
     counts = ", ".join(f"{f}: {factors.count(f)}" for f in sorted(set(factors)))
     d = np.concatenate(differences or [np.zeros(1, int)])
     return [counts, f"{d.mean():.2f}", *(f"{q:.0f}" for q in np.percentile(d, (99, 99.9))), d.max()]
@@ -332,18 +357,17 @@ def reduced_error(multicrop):
 
 def pil_multicrop():
     """path -> the ten crops of DINOv2's augmentation as executed, composed of torchvision's PIL transforms."""
-    from PIL import Image
-    from torchvision import transforms as T
-
     def view(size, scale, *extra):
-        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-        return T.Compose([T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(), jitter,
-                          T.RandomGrayscale(0.2), *extra, T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        return T.Compose([
+            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(0.2), *extra,
+            T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
     def blur(p):
         return T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=p)
 
-    views = [view(224, (0.32, 1)), view(224, (0.32, 1), blur(0.9), T.RandomSolarize(128, 0.2))] + [view(98, (0.05, 0.32), blur(0.5))] * 8
+    first, second = view(224, (0.32, 1)), view(224, (0.32, 1), blur(0.9), T.RandomSolarize(128, 0.2))
+    views = [first, second] + [view(98, (0.05, 0.32), blur(0.5))] * 8
 
     def crops(path):
         image = Image.open(path).convert("RGB")
@@ -549,6 +573,7 @@ CASES = {  # letter -> flags of pretrain.py; A to D end in minutes on a CPU, E t
     "G": "--arch vitl14 --recipe scratch",
 }
 VARIANTS = {  # name -> (flags of pretrain.py, ENDODINO_ATTENTION)
+    "float32, the library's attention": ("--precision fp32", "sdpa"),
     "float32": ("--precision fp32", "auto"),
     "bf16, the library's attention": ("--precision bf16", "sdpa"),
     "bf16": ("--precision bf16", "auto"),
@@ -753,110 +778,151 @@ def split_by_part(events, weights, whole):
 @command
 def bench_cost(argv):
     """what a recipe costs on each architecture, counted on no device: FLOP per frame, GPU hours, bytes of parameters."""
-    from unittest import mock
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-    import pretrain
-    from dino_loss import DINOHead
-
-    parser = argparse.ArgumentParser(prog="bench.py cost", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--archs", nargs="+", metavar="ARCH", default=["vitt14", "vits14", "vitb14", "vitl14", "vitg14"],
-                        help="architectures")
-    parser.add_argument("--recipes", nargs="+", choices=pretrain.RECIPES, default=["scratch", "scratch-long", "adapt"],
-                        help="rows of pretrain.py's table")
-    parser.add_argument("--gpus", type=int, default=8, help="processes, each with the recipe's --batch")
-    parser.add_argument("--rate", type=float, default=4e14,
-                        help="FLOP/s that one GPU is taken to sustain; an H100's peak in bf16 is 9.9e14")
+    parser = flags_of("cost")
+    flag = parser.add_argument
+    flag("--archs", nargs="+", metavar="ARCH", default=["vitt14", "vits14", "vitb14", "vitl14", "vitg14"],
+         help="architectures")
+    flag("--recipes", nargs="+", choices=pretrain.RECIPES, default=["scratch", "scratch-long", "adapt"],
+         help="rows of pretrain.py's table")
+    flag("--gpus", type=int, default=8, help="processes, each with the recipe's --batch")
+    flag("--rate", type=float, default=4e14,
+         help="FLOP/s that one GPU is taken to sustain; an H100's peak in bf16 is 9.9e14")
     args = parser.parse_args(argv)
     rows = []
     for recipe, arch in itertools.product(args.recipes, args.archs):
         run = pretrain.parse(["--arch", arch, "--recipe", recipe, "--device", "cuda"])
-        B, S, s, L = run.batch, run.global_size, run.local_size, run.local_crops
-        masked = round(0.15 * 2 * B * (S // 14) ** 2)  # half of the global crops hide 30 % of their patches on average
-        # tensors of shapes without numbers, which trunc_normal_ would ask for
-        with mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode(), FlopCounterMode(display=False) as counter:
-            backbone = pretrain.vit.build_vit(arch, image_size=S, drop_path=run.drop_path)
-            heads = [DINOHead(backbone.dim, run.prototypes, bottleneck_dim=run.bottleneck), DINOHead(backbone.dim, run.prototypes)]
-            crops = [torch.empty(2 * B, 3, S, S), torch.empty(L * B, 3, s, s)]
-            cls, teacher_cls, patches = (torch.empty(n, backbone.dim, requires_grad=True) for n in ((2 + L) * B, 2 * B, masked))
-            with torch.no_grad():
-                backbone.eval()(crops[0])
-                heads[0](teacher_cls), heads[1](patches)
-            out = backbone.train().forward_packed(crops, [None, None])
-            (sum(o["cls"].sum() for o in out) + heads[0](cls).sum() + heads[1](patches).sum()).backward()
-        parts = [backbone, *heads[:1 + run.separate_heads]]
-        parameters = sum(p.numel() for part in parts for p in part.parameters())
-        flops = counter.get_total_flops() / B
+        parameters, flops = counted(run)
         rows.append([recipe, arch, f"{parameters / 1e6:.0f}", f"{flops / 1e9:.0f}", f"{args.rate / flops:.0f}",
-                     f"{run.steps:,} x {B * args.gpus:,}", f"{run.steps * B * flops / args.rate / 3600:,.1f}",
-                     f"{20 * parameters / 2**30:.1f}"])
-    print(f"\n**What a run costs on {args.gpus} GPUs, counted and not timed** (torch {torch.__version__.split('+')[0]}; "
-          f"a GPU is taken to sustain {args.rate:.3g} FLOP/s)\n")
-    header = ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU", "steps x frames", "hours",
-              "GiB of state"]
+                     f"{run.steps:,} x {run.batch * args.gpus:,}",
+                     f"{run.steps * run.batch * flops / args.rate / 3600:,.1f}", f"{20 * parameters / 2**30:.1f}"])
+    header = ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU", "steps x frames",
+              "hours", "GiB of state"]
+    print(f"\n**What a run costs on {args.gpus} GPUs, counted and not timed** "
+          f"(torch {torch.__version__.split('+')[0]}; a GPU is taken to sustain {args.rate:.3g} FLOP/s)\n")
     print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]))
-    print("\nMatrix products and attention of the teacher's forward pass and of the student's forward and backward pass. State: student, "
-          "teacher, gradient and AdamW's two moments in float32, before --shard divides it; "
-          "activations come on top. Traffic of the loss head and of the optimiser, decoding and communication are not in the hours.")
+    print("\nMatrix products and attention of the teacher's forward pass and of the student's forward and backward pass. "
+          "State: student, teacher, gradient and AdamW's two moments in float32, before --shard divides it; activations "
+          "come on top. Traffic of the loss head and of the optimiser, decoding and communication are not in the hours.")
+
+
+def counted(run):
+    """(parameters of the student, FLOP of a step per frame) of a parsed pretrain.py run, without a number being
+    computed."""
+    B, S, s, L = run.batch, run.global_size, run.local_size, run.local_crops
+    masked = round(0.15 * 2 * B * (S // 14) ** 2)        # half of the global crops hide 30 % of their patches
+    # tensors of shapes without numbers, which trunc_normal_ would ask for
+    with mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        backbone = vit.build_vit(run.arch, image_size=S, drop_path=run.drop_path)
+        D = backbone.dim
+        heads = [dino_loss.DINOHead(D, run.prototypes, bottleneck_dim=run.bottleneck),
+                 dino_loss.DINOHead(D, run.prototypes)]
+        crops = [torch.empty(2 * B, 3, S, S), torch.empty(L * B, 3, s, s)]
+        cls, teacher_cls, patches = (torch.empty(n, D, requires_grad=True) for n in ((2 + L) * B, 2 * B, masked))
+        with torch.no_grad():
+            backbone.eval()(crops[0])
+            heads[0](teacher_cls), heads[1](patches)
+        out = backbone.train().forward_packed(crops, [None, None])
+        (sum(o["cls"].sum() for o in out) + heads[0](cls).sum() + heads[1](patches).sum()).backward()
+    parts = [backbone, *heads[:1 + run.separate_heads]]
+    return sum(p.numel() for part in parts for p in part.parameters()), counter.get_total_flops() / B
 
 
 @command
 def bench_probe(argv):
-    """frames/s of frozen features, and of a live system: landmark, Mayo and polyp heads on one backbone pass."""
-    from probe_segment import DPTHead, LinearHead, blocks_of, resize
-    from vit import build_vit
-
+    """frames/s of frozen features in each number type; and of three heads on one backbone pass."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.py probe", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--archs", nargs="+", metavar="ARCH", help="architectures",
-                        default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518] if cuda else [224, 336], help="sides of the square frame in pixels")
-    parser.add_argument("--batch", type=int, default=32 if cuda else 4, help="frames at a time; the last column has one at a time")
-    parser.add_argument("--dpt-channels", type=int, default=256 if cuda else 64, help="width of the DPT head's fusion")
-    parser.add_argument("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
+    parser = flags_of("probe")
+    flag = parser.add_argument
+    flag("--archs", nargs="+", metavar="ARCH", help="architectures",
+         default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14"])
+    flag("--sizes", nargs="+", type=int, default=[224, 518] if cuda else [224, 336],
+         help="sides of the square frame in pixels")
+    flag("--batch", type=int, default=32 if cuda else 4, help="frames at a time; the last column has one at a time")
+    flag("--dpt-channels", type=int, default=256 if cuda else 64, help="width of the DPT head's fusion")
+    flag("--precision", choices=("auto", *vit.PRECISIONS), default="auto", help="number type of the heads' table")
+    flag("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
     args = parser.parse_args(argv)
-    device, rows = torch.device("cuda" if cuda else "cpu"), []
+    features_table(args)
+    heads_table(args)
+
+
+def features_table(args):
+    """Frozen features alone, in float32 and in the 16 bits that this device multiplies, side by side."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    short = torch.bfloat16 if device.type == "cpu" else vit.precision(device)
+    rows = []
     for arch, size in itertools.product(args.archs, args.sizes):
-        model, grid = build_vit(arch).to(device).eval(), (size // 14, size // 14)
-        D, last = model.dim, model.depth - 1
-        landmark, mayo = torch.nn.Linear(2 * D, 6).to(device), torch.nn.Linear(2 * D, 4).to(device)
-        linear, dpt = LinearHead(D, 1).to(device).eval(), DPTHead(D, args.dpt_channels).to(device).eval()
-        frames = torch.randn(args.batch, 3, size, size, device=device)
+        model, frames = vit.build_vit(arch).to(device).eval(), torch.randn(args.batch, 3, size, size, device=device)
 
-        def backbone(images, blocks=(last,)):
-            """The blocks' tokens before the final norm, (B, 1 + N, D) each."""
-            return [torch.cat([o["cls"][:, None], o["patches"]], 1) for o in model.intermediate(images, blocks, norm=False)]
+        def features(dtype, model=model, frames=frames):
+            with vit.autocast(device, dtype), torch.inference_mode():
+                model(frames)
 
-        def classify(tokens):
-            x = model.norm(tokens)                                                       # (B, 1 + N, D)
-            x = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)                                # (B, 2D)
-            return landmark(x), mayo(x)
+        with FlopCounterMode(display=False) as counter, countable(device):
+            features(torch.float32)
+        t = seconds({dtype: functools.partial(features, dtype) for dtype in (torch.float32, short)}, args.runs)
+        rows.append([arch, size, *(f"{args.batch / s:.1f}" for s in t.values()), f"{t[torch.float32] / t[short]:.2f}",
+                     *(f"{counter.get_total_flops() / s / 1e12:.2f}" for s in t.values())])
+    name = str(short)[6:]
+    table(f"Frozen features, batch {args.batch}, forward only, decoding not included",
+          ["architecture", "pixels", "float32 frames/s", f"{name} frames/s", "times", "float32 TFLOP/s",
+           f"{name} TFLOP/s"], rows)
 
-        def polyps(head, levels):
-            return resize(head(torch.stack(levels, 1), grid).float(), (size, size)) > 0  # (B, S, S)
 
-        def shared(images):
-            tokens = backbone(images)[0]
-            return classify(tokens), polyps(linear, [model.norm(tokens)])
+def heads_table(args):
+    """Landmark, Mayo and polyp heads on one backbone pass, and on a pass each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, rows = vit.precision(device, args.precision), []
+    for arch, size in itertools.product(args.archs, args.sizes):
+        forms, B = live_forms(arch, size, args.dpt_channels, device), args.batch
+        frames = torch.randn(B, 3, size, size, device=device)
 
-        def shared_dpt(images):
-            levels = backbone(images, blocks_of("dpt", model.depth)[0])
-            return classify(levels[-1]), polyps(dpt, levels)
+        def call(form, images):
+            with vit.autocast(device, dtype), torch.inference_mode():
+                form(images)
 
-        def three_passes(images):
-            return classify(backbone(images)[0])[0], classify(backbone(images)[0])[1], polyps(linear, [model.norm(backbone(images)[0])])
-
-        def call(fn, images):
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda), torch.inference_mode():
-                fn(images)
-
-        forms = {fn.__name__: functools.partial(call, fn, frames) for fn in (backbone, shared, shared_dpt, three_passes)}
-        t = seconds(forms | {"live": functools.partial(call, shared, frames[:1])}, args.runs)
-        rows.append([arch, size, *(f"{args.batch / t[name]:.1f}" for name in forms), f"{t['live'] * 1e3:.1f}"])
-    table(f"Frozen features and three heads, batch {args.batch}, {'bf16 autocast' if cuda else 'float32'}, decoding not included",
+        calls = {name: functools.partial(call, form, frames) for name, form in forms.items()}
+        t = seconds(calls | {"live": functools.partial(call, forms["shared"], frames[:1])}, args.runs)
+        rows.append([arch, size, *(f"{B / t[name]:.1f}" for name in forms), f"{t['live'] * 1e3:.1f}"])
+    table(f"Frozen features and three heads, batch {args.batch}, {str(dtype)[6:]}, decoding not included",
           ["architecture", "pixels", "backbone frames/s", "with landmark, Mayo and linear polyp heads",
-           f"with a DPT polyp head ({args.dpt_channels} channels)", "a backbone pass per head", "ms for one frame, three heads"], rows)
+           f"with a DPT polyp head ({args.dpt_channels} channels)", "a backbone pass per head",
+           "ms for one frame, three heads"], rows)
+
+
+def live_forms(arch, size, dpt_channels, device):
+    """{name: function of images}: what a live system may run, with untrained heads."""
+    model, grid = vit.build_vit(arch).to(device).eval(), (size // 14, size // 14)
+    D, last = model.dim, model.depth - 1
+    landmark, mayo = torch.nn.Linear(2 * D, 6).to(device), torch.nn.Linear(2 * D, 4).to(device)
+    linear, dpt = LinearHead(D, 1).to(device).eval(), DPTHead(D, dpt_channels).to(device).eval()
+
+    def backbone(images, blocks=(last,)):
+        """The blocks' tokens before the final norm, (B, 1 + N, D) each."""
+        found = model.intermediate(images, blocks, norm=False)
+        return [torch.cat([o["cls"][:, None], o["patches"]], 1) for o in found]
+
+    def classify(tokens):
+        x = model.norm(tokens)                                                       # (B, 1 + N, D)
+        x = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)                                # (B, 2D)
+        return landmark(x), mayo(x)
+
+    def polyps(head, levels):
+        return resize(head(torch.stack(levels, 1), grid).float(), (size, size)) > 0  # (B, S, S)
+
+    def shared(images):
+        tokens = backbone(images)[0]
+        return classify(tokens), polyps(linear, [model.norm(tokens)])
+
+    def shared_dpt(images):
+        levels = backbone(images, blocks_of("dpt", model.depth)[0])
+        return classify(levels[-1]), polyps(dpt, levels)
+
+    def three_passes(images):
+        classes = [classify(backbone(images)[0])[i] for i in range(2)]
+        return classes, polyps(linear, [model.norm(backbone(images)[0])])
+
+    return {form.__name__: form for form in (backbone, shared, shared_dpt, three_passes)}
 
 
 @command
@@ -918,7 +984,8 @@ def bench_curate(argv):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(f"{n}: {f.__doc__.splitlines()[0]}" for n, f in sorted(COMMANDS.items())))
+    what = "; ".join(f"{name}: {fn.__doc__.splitlines()[0]}" for name, fn in sorted(COMMANDS.items()))
+    parser.add_argument("what", choices=sorted(COMMANDS), help=what)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="flags of the sub-command (--help shows them)")
     args = parser.parse_args(argv)
     COMMANDS[args.what](args.rest)

@@ -249,7 +249,7 @@ def tokens(models, paths, out, size=518, tile=280, masks=()):
                                 for picture, image in zip(pictures, shown)]))
 
     for name, model in models.items():
-        title = f"{name}\n" if len(models) > 1 else ""
+        title = f"{name[-44:]}\n" if len(models) > 1 else ""  # as much as fits above a picture
         seen = [look(model, image, size) for image in images]  # of each (h, w, D), (nh, h, w)
         colours = principal_colours(torch.cat([patches.flatten(0, 1) for patches, _ in seen]))
         shapes = [patches.shape[:2] for patches, _ in seen]

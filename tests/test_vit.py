@@ -1,9 +1,11 @@
 """vit.py against the official code's numbers; packing, stochastic depth and loading against their definitions."""
 import contextlib
 import json
+import math
 import pathlib
 import pickle
 import types
+import urllib.error
 
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ def test_unknown_architecture_lists_the_known():
         build_vit("vitx14")
 
 
-# --- initialisation ---------------------------------------------------------------------------------------------------
+# --- initialisation ----------------------------------------------------------------------------
 
 
 def test_initialisation():
@@ -106,7 +108,7 @@ def test_initialisation():
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------
+# --- packing -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -143,7 +145,30 @@ def test_size_that_does_not_divide_into_patches():
         build_vit("vitt14")(torch.zeros(1, 3, 100, 84))
 
 
-# --- stochastic depth -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("registers", [0, 4])
+def test_crops_of_two_sizes_train_the_stored_grid(registers, filled):
+    """A 37 x 37 grid under crops of 7 x 7 and 3 x 3 patches: each crop size has the positions that the grid stored
+    for it would have, and the gradient is the adjoint of the resize, which is linear in the grid."""
+    model = filled(VisionTransformer(64, 1, 1, registers=registers, image_size=518))
+    crops = [torch.randn(2, 3, 98, 98), torch.randn(3, 3, 42, 42)]
+    out = model.forward_packed(crops, [None, None])
+    assert [o["patches"].shape[1] for o in out] == [49, 9]
+    for size, group, ours in zip((98, 42), crops, out):
+        stored = filled(VisionTransformer(64, 1, 1, registers=registers, image_size=518))
+        stored.resize_position_embedding(size)
+        assert stored.pos_embed.shape[1] == 1 + (size // 14) ** 2
+        assert_close(ours["patches"], stored(group)["patches"])
+    weights = [torch.randn(1, 1 + n, 64) for n in (49, 9)]
+    positions = [model.position_embedding(side, side) for side in (7, 3)]
+    sum((w * p).sum() for w, p in zip(weights, positions)).backward()
+    direction, gradient = torch.randn_like(model.pos_embed), model.pos_embed.grad
+    with torch.no_grad():
+        model.pos_embed.copy_(direction)
+        change = sum((w * model.position_embedding(side, side)).sum() for w, side in zip(weights, (7, 3)))
+    assert_close((gradient * direction).sum(), change, rtol=1e-4, atol=1e-3)
+
+
+# --- stochastic depth --------------------------------------------------------------------------
 
 
 def test_kept_counts_are_official():
@@ -204,7 +229,7 @@ def test_activation_checkpointing_gives_the_same_gradients(filled):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------
 
 
 def released(name="vitt14", **overrides):
@@ -264,7 +289,7 @@ def test_load_is_strict(tmp_path):
     assert "1 missing (blocks.1.ls1.gamma)" in message({k: v for k, v in state.items() if k != "blocks.1.ls1.gamma"})
     assert "1 surplus (classifier)" in message(state | {"classifier": torch.ones(1)})
     assert "1 misshapen (norm.bias (5,) for (192,))" in message(state | {"norm.bias": torch.ones(5)})
-    assert "no square grid" in message(state | {"pos_embed": torch.ones(1, 16, 192)})
+    assert "no square grid" in message(state | {"pos_embed": torch.ones(1, 19, 192)})
     assert "lacks part" in message({k: v for k, v in state.items() if k != "pos_embed"})
     assert "no backbone" in message({"optimizer": {"state": {}}, "step": 3})
     assert "list" in message([1, 2])
@@ -302,7 +327,120 @@ def test_load_refuses_bad_files_in_one_sentence(tmp_path, monkeypatch):
         load_backbone("absent.pth")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- names and wrappers of other tools ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix, inside", [("module.", None), ("_orig_mod.", "model"), ("backbone.", "state_dict"),
+                                            ("module._orig_mod.backbone.", "teacher"), ("teacher.backbone.", "model")])
+def test_load_takes_wrapped_weights(tmp_path, prefix, inside):
+    state = released()
+    file = {prefix + k.replace("blocks.1.", "blocks.1._orig_mod."): v for k, v in state.items()}
+    if "backbone" in prefix:
+        file[prefix.replace("backbone", "dino_head") + "last_layer.weight"] = torch.ones(2)
+    if prefix.startswith("teacher"):
+        file |= {"student." + k.removeprefix("teacher."): v + 1 for k, v in file.items()}
+    torch.save({inside: file, "epoch": 3} if inside else file, tmp_path / "w.pth")
+    assert same(load_backbone(tmp_path / "w.pth"), state)
+
+
+def test_load_does_not_guess_between_two_sets_of_weights(tmp_path):
+    state = released()
+    for file in ({"model": state, "model_ema": state}, {f"{n}.{k}": v for n in "ab" for k, v in state.items()}):
+        torch.save(file, tmp_path / "two.pth")
+        with pytest.raises(ValueError, match="several sets of weights .(model, model_ema|a., b.)"):
+            load_backbone(tmp_path / "two.pth")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"registers": 4}, {"ffn": "swiglu"}])
+def test_load_takes_timm_names_and_gives_the_same_features(tmp_path, overrides):
+    """As timm's own conversion of the released files writes them."""
+    model = build_vit("vitt14", depth=2, image_size=56, **overrides).eval()
+    torch.nn.init.normal_(model.cls_token)
+    state = {k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): v for k, v in model.state_dict().items()}
+    del state["mask_token"]
+    if "registers" in overrides:
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    torch.save(state, tmp_path / "timm.pth")
+    loaded, images = load_backbone(tmp_path / "timm.pth"), torch.randn(2, 3, 56, 42)
+    for name, wanted in model(images).items():
+        assert_close(loaded(images)[name], wanted)
+
+
+def test_load_reads_safetensors(tmp_path):
+    state = released()
+    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    half = {k: v.to(list(types)[i % 3]) for i, (k, v) in enumerate(state.items())}
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for k, v in half.items():
+        raw = v.contiguous().view(torch.uint8).numpy().tobytes()
+        header[k] = {"dtype": types[v.dtype], "shape": list(v.shape), "data_offsets": [len(content), len(content) + len(raw)]}
+        content += raw
+    header = json.dumps(header).encode()
+    whole = len(header).to_bytes(8, "little") + header + content
+    (tmp_path / "w.safetensors").write_bytes(whole)
+    assert same(load_backbone(tmp_path / "w.safetensors"), {k: v.float() for k, v in half.items()})
+    for cut in (len(whole) - 10, 300):
+        (tmp_path / "w.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="w.safetensors is damaged"):
+            load_backbone(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_load_refuses_weights_that_are_not_finite(tmp_path, value):
+    state = released()
+    state["blocks.2.attn.qkv.bias"][5] = value
+    torch.save(state, tmp_path / "nan.pth")
+    Image.new("RGB", (28, 28)).save(tmp_path / "i.png")
+    with pytest.raises(ValueError, match=r"nan.pth holds weights that are not finite \(blocks.2.attn.qkv.bias\)"):
+        load_backbone(tmp_path / "nan.pth")
+    with pytest.raises(SystemExit, match="not finite"):
+        main([str(tmp_path / "nan.pth"), str(tmp_path / "i.png"), "--show", str(tmp_path / "o.png")])
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_load_fetches_released_weights_by_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)  # a file of that name would come first
+    asked, state = [], released("vits14_reg4")
+
+    def download(url, **options):
+        assert options == dict(map_location="cpu", progress=True, weights_only=True)
+        asked.append(url)
+        return state
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    model = load_backbone("dinov2_vits14_reg4")
+    assert same(model, state) and model.info["path"] == "dinov2_vits14_reg4"
+    assert asked == ["https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"]
+    assert len(vit.RELEASED) == 8 and "dinov2_vitg14" in vit.RELEASED
+
+    def no_network(url, **options):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    with pytest.raises(SystemExit, match="dinov2_vitb14 could not be downloaded .*not known.*dinov2_vitb14_pretrain.pth"):
+        main(["dinov2_vitb14"])
+    torch.save(state, "dinov2_vitb14")
+    assert same(load_backbone("dinov2_vitb14"), state)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"registers": 4}, {"ffn": "swiglu"}])
+def test_export_is_a_released_file(tmp_path, overrides, capsys):
+    """Names, order and shapes as the official code's; the weights bit for bit, there and back."""
+    model = build_vit("vitt14", depth=3, image_size=224, **overrides)
+    save_backbone(tmp_path / "teacher_7.pt", model, "vitt14", step=7)
+    main([str(tmp_path / "teacher_7.pt"), "--export", str(tmp_path / "out.pth")])
+    assert f"wrote {tmp_path / 'out.pth'}" in capsys.readouterr().out
+    state = torch.load(tmp_path / "out.pth", weights_only=True)
+    official = META[{"": "vit_mlp_224", "registers": "vit_reg4_224", "ffn": "vit_swiglu_224"}["".join(overrides)]]
+    assert list(state) == list(official["keys"])
+    build_vit("vitt14", depth=3, image_size=224, **overrides).load_state_dict(state, strict=True)
+    again = load_backbone(tmp_path / "out.pth")
+    assert same(again, model.state_dict()) and again.info["format"] == "released DINOv2 weights"
+
+
+# --- pictures ----------------------------------------------------------------------------------
 
 
 def test_class_attention_is_that_of_the_last_block(filled):
@@ -339,7 +477,21 @@ def test_show_writes_a_picture_of_images_of_any_shape(tmp_path, capsys):
             main([*bad, "--show", str(tmp_path / "x.png")])
 
 
-# --- number types -----------------------------------------------------------------------------------------------------
+def test_show_puts_a_second_checkpoint_beside_the_first(tmp_path):
+    for name in "ab":
+        save_backbone(tmp_path / f"{name}.pt", build_vit("vitt14", depth=2, image_size=56), "vitt14")
+    Image.radial_gradient("L").resize((56, 56)).save(tmp_path / "i.png")
+    Image.fromarray(np.eye(56, dtype=bool)).save(tmp_path / "m.png")
+    a, b, image, mask, out = (str(tmp_path / name) for name in ("a.pt", "b.pt", "i.png", "m.png", "out.png"))
+    main([a, image, "--beside", b, "--masks", mask, "--show", out, "--size", "56"])
+    with Image.open(out) as picture:
+        assert picture.size == (5 * 284 + 4, 4 + 28 + 280 + 4)
+    for wrong in ([a, image], [a, "--show", out], [a, image, "--show", out, "--masks", mask, mask]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+
+
+# --- number types ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("major, expected", [  # T4 and V100, A100, H100

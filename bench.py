@@ -30,12 +30,14 @@ from torchvision import transforms as T
 import augment
 import dino
 import dino_loss
+import frozen
+import predict
 import pretrain
 import synthetic
 import vit
 from custom_kernels import say_once
-from data import Frames, decode, opened
-from heads import DPTHead, LinearHead, blocks_of, resize
+from data import Frames, decode, opened, read_image
+from heads import LinearHead, Ordinal, Softmax
 
 
 def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
@@ -829,7 +831,7 @@ def counted(run):
 
 @command
 def bench_probe(argv):
-    """frames/s of frozen features in each number type; and of three heads on one backbone pass."""
+    """frames/s of frozen features in each number type."""
     cuda = torch.cuda.is_available()
     parser = flags_of("probe")
     flag = parser.add_argument
@@ -837,17 +839,9 @@ def bench_probe(argv):
          default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14"])
     flag("--sizes", nargs="+", type=int, default=[224, 518] if cuda else [224, 336],
          help="sides of the square frame in pixels")
-    flag("--batch", type=int, default=32 if cuda else 4, help="frames at a time; the last column has one at a time")
-    flag("--dpt-channels", type=int, default=256 if cuda else 64, help="width of the DPT head's fusion")
-    flag("--precision", choices=("auto", *vit.PRECISIONS), default="auto", help="number type of the heads' table")
+    flag("--batch", type=int, default=32 if cuda else 4, help="frames at a time")
     flag("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
     args = parser.parse_args(argv)
-    features_table(args)
-    heads_table(args)
-
-
-def features_table(args):
-    """Frozen features alone, in float32 and in the 16 bits that this device multiplies, side by side."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     short = torch.bfloat16 if device.type == "cpu" else vit.precision(device)
     rows = []
@@ -869,60 +863,84 @@ def features_table(args):
            f"{name} TFLOP/s"], rows)
 
 
-def heads_table(args):
-    """Landmark, Mayo and polyp heads on one backbone pass, and on a pass each."""
+@command
+def bench_live(argv):
+    """ms per frame of live use, stage by stage: decoding, backbone, each head, overlay; and whether 25 frames/s are kept."""
+    cuda = torch.cuda.is_available()
+    parser = flags_of("live")
+    flag = parser.add_argument
+    flag("--archs", nargs="+", metavar="ARCH", help="architectures",
+         default=["vits14", "vitb14", "vitl14"] if cuda else ["vitt14", "vits14", "vitb14"])
+    flag("--sizes", nargs="+", type=int, default=[224, 518] if cuda else [224, 336],
+         help="sides in pixels of the square that the backbone sees")
+    flag("--frame", nargs=2, type=int, default=[576, 768], metavar=("H", "W"), help="pixels of a video's frame")
+    flag("--batches", nargs="+", type=int, default=[1, 8], help="frames that wait for each other")
+    flag("--precisions", nargs="+", choices=tuple(vit.PRECISIONS), default=["fp32", "bf16"], help="number types")
+    flag("--frames", type=int, default=200 if cuda else 40, help="frames timed in each row")
+    args = parser.parse_args(argv)
+    rows = []
+    for arch, size, precision, batch in itertools.product(args.archs, args.sizes, args.precisions, args.batches):
+        rows.append([arch, size, precision, batch, *live_row(args, arch, size, vit.PRECISIONS[precision], batch)])
+    table(f"Live: three heads on frames of {args.frame[1]}x{args.frame[0]}, median ms per frame",
+          ["architecture", "pixels", "type", "batch", "decode", "squares", "backbone", "landmarks", "Mayo", "polyps",
+           "overlay", "latency", "95 %", "99 %", "frames/s", "frames/s, a pass per head", "25 a second"], rows)
+
+
+def live_row(args, arch, size, dtype, batch):
+    """Times of predict.py's own stages, with heads of random weights: what they say costs the same."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, rows = vit.precision(device, args.precision), []
-    for arch, size in itertools.product(args.archs, args.sizes):
-        forms, B = live_forms(arch, size, args.dpt_channels, device), args.batch
-        frames = torch.randn(B, 3, size, size, device=device)
+    model, frame = vit.build_vit(arch).to(device).eval().requires_grad_(False), smooth_noise(*args.frame)
+    loaded = random_heads(model, size)
+    columns = predict.columns_of(loaded, 1)
+    labels = {key: column for column in columns for key in loaded if column.startswith(f"{key} label")}
+    jpeg = tempfile.NamedTemporaryFile(suffix=".jpg")
+    frame.save(jpeg.name, quality=90)
+    shared = predict.plan(loaded, None)
+    each = [predict.Pass("stretch", size, False, (key,)) for key in loaded]
+    watch, alone = predict.Stopwatch(device), predict.Stopwatch(device)
+    for n in range(-1, -(-args.frames // batch)):
+        images = []
+        for _ in range(batch):
+            with watch("decode"):
+                images.append(read_image(jpeg.name))
+        for said in predict.predict(model, loaded, shared, images, dtype, watch):
+            with watch("overlay"):
+                row = predict.row_of(("", "", None, frame, ""), said, loaded)
+                row |= {labels[key]: predict.Smoothed(loaded[key], key, 1)(row) for key in labels}
+                predict.drawn(("", "", None, frame, ""), said, row, loaded, labels)
+        predict.predict(model, loaded, each, images, dtype, alone)
+        watch.lap(batch)
+        alone.lap(batch)
+        if n < 0:  # a warm-up
+            watch.laps, alone.laps = [], []
+    stages = {stage: ms for stage, *ms in watch.table()}
+    passes = sum(statistics.median(lap[k] for _, lap in alone.laps) for k in ("squares", "backbone", *loaded)) / batch
+    rest = sum(stages[k][0] for k in ("decode", "overlay")) / 1e3
+    latency = stages.pop("latency")
+    rate = batch / statistics.median(sum(lap.values()) for _, lap in watch.laps)
+    order = ("decode", "squares", "backbone", *loaded, "overlay")
+    return [*(f"{stages[k][0]:.1f}" for k in order), *(f"{ms:.1f}" for ms in latency), f"{rate:.1f}",
+            f"{1 / (passes + rest):.1f}", "yes" if rate >= 25 else "no"]
 
-        def call(form, images):
-            with vit.autocast(device, dtype), torch.inference_mode():
-                form(images)
 
-        calls = {name: functools.partial(call, form, frames) for name, form in forms.items()}
-        t = seconds(calls | {"live": functools.partial(call, forms["shared"], frames[:1])}, args.runs)
-        rows.append([arch, size, *(f"{B / t[name]:.1f}" for name in forms), f"{t['live'] * 1e3:.1f}"])
-    table(f"Frozen features and three heads, batch {args.batch}, {str(dtype)[6:]}, decoding not included",
-          ["architecture", "pixels", "backbone frames/s", "with landmark, Mayo and linear polyp heads",
-           f"with a DPT polyp head ({args.dpt_channels} channels)", "a backbone pass per head",
-           "ms for one frame, three heads"], rows)
+def smooth_noise(height, width):
+    """A PIL frame that a JPEG compresses about as well as an endoscope's."""
+    low = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def live_forms(arch, size, dpt_channels, device):
-    """{name: function of images}: what a live system may run, with untrained heads."""
-    model, grid = vit.build_vit(arch).to(device).eval(), (size // 14, size // 14)
-    D, last = model.dim, model.depth - 1
-    landmark, mayo = torch.nn.Linear(2 * D, 6).to(device), torch.nn.Linear(2 * D, 4).to(device)
-    linear, dpt = LinearHead(D, 1).to(device).eval(), DPTHead(D, dpt_channels).to(device).eval()
-
-    def backbone(images, blocks=(last,)):
-        """The blocks' tokens before the final norm, (B, 1 + N, D) each."""
-        found = model.intermediate(images, blocks, norm=False)
-        return [torch.cat([o["cls"][:, None], o["patches"]], 1) for o in found]
-
-    def classify(tokens):
-        x = model.norm(tokens)                                                       # (B, 1 + N, D)
-        x = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1)                                # (B, 2D)
-        return landmark(x), mayo(x)
-
-    def polyps(head, levels):
-        return resize(head(torch.stack(levels, 1), grid).float(), (size, size)) > 0  # (B, S, S)
-
-    def shared(images):
-        tokens = backbone(images)[0]
-        return classify(tokens), polyps(linear, [model.norm(tokens)])
-
-    def shared_dpt(images):
-        levels = backbone(images, blocks_of("dpt", model.depth)[0])
-        return classify(levels[-1]), polyps(dpt, levels)
-
-    def three_passes(images):
-        classes = [classify(backbone(images)[0])[i] for i in range(2)]
-        return classes, polyps(linear, [model.norm(backbone(images)[0])])
-
-    return {form.__name__: form for form in (backbone, shared, shared_dpt, three_passes)}
+def random_heads(model, size):
+    """{key: frozen.Head} of a landmark, a Mayo and a linear polyp head, all on stretched frames of one size."""
+    D, device, last = model.dim, model.pos_embed.device, (model.depth - 1,)
+    scale = dict(mean=torch.zeros(2 * D), std=torch.ones(2 * D))
+    networks = {
+        ("landmarks", "linear", 6): Softmax(1, True, **scale, weight=torch.randn(6, 2 * D), bias=torch.zeros(6)),
+        ("mes", "ordinal", 4): Ordinal(1, True, **scale, direction=torch.randn(2 * D).double(),
+                                       thresholds=torch.tensor([-1.0, 0, 1]).double()),
+        ("polyps", "linear", 1): LinearHead(D, 1)}
+    return {f"{task} {name}": frozen.Head(task, name, tuple(map(str, range(n))), size, "stretch", last, True, {}, {},
+                                          network.to(device).eval().requires_grad_(False))
+            for (task, name, n), network in networks.items()}
 
 
 @command

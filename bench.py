@@ -13,8 +13,6 @@ import itertools
 import math
 import os
 import pathlib
-import platform
-import statistics
 import tempfile
 import time
 from unittest import mock
@@ -35,70 +33,12 @@ import predict
 import pretrain
 import synthetic
 import vit
+from custom_kernels import bench_attention as attention_benchmark
+from custom_kernels import bench_prototype_loss as loss_benchmark
 from custom_kernels import say_once
+from custom_kernels.timing import peak_bytes, seconds, synchronize, table
 from data import Frames, decode, opened, read_image
 from heads import LinearHead, Ordinal, Softmax
-
-
-def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
-    """{name: function} -> {name: median seconds of `runs` calls}, the functions called in turn."""
-    times = {name: [] for name in candidates}
-    for i in range(warmup + runs):
-        for name, fn in candidates.items():
-            synchronize()
-            start = clock()
-            fn()
-            synchronize()
-            if i >= warmup:
-                times[name].append(clock() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def peak_bytes(fn):
-    """Bytes that one call of fn needs at its peak beyond what is held before it: GPU memory, or resident memory on
-    Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        fn()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if not os.path.exists("/proc/self/clear_refs"):
-        return float("nan")
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # resets the high-water mark of resident memory
-    before = resident("VmRSS")
-    fn()
-    return resident("VmHWM") - before
-
-
-def resident(field):
-    """Bytes of one memory field of this process (Linux)."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def device_name():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def table(title, header, rows):
-    """Print a GitHub Markdown table under a line that names the device and the versions."""
-    versions = f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
-    print(f"\n**{title}** ({device_name()}, {versions})\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
-
 
 COMMANDS = {}  # name -> function(argv); the docstring's first line is the help
 
@@ -169,115 +109,21 @@ def model_rows(arch, B, runs, dtype):
 
 
 @command
-def bench_sinkhorn(argv):
-    """Sinkhorn-Knopp by scaling vectors against the textbook loop: time and peak memory."""
-    from dino_loss import sinkhorn, sinkhorn_log_domain
-
-    parser = argparse.ArgumentParser(prog="bench.py sinkhorn", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rows", type=int, default=640, help="teacher rows")
-    parser.add_argument("--prototypes", type=int, default=65536, help="K")
-    parser.add_argument("--runs", type=int, default=7, help="timed calls of each candidate")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(0)
-    x, prototypes = (torch.nn.functional.normalize(torch.randn(n, 256, device=device, generator=generator), dim=1)
-                     for n in (args.rows, args.prototypes))
-    logits, temp = x @ prototypes.T, 0.05  # cosines, as the head's
-
-    forms = {"textbook loop, in place": textbook_sinkhorn, "scaling vectors": sinkhorn,
-             "logarithms (range too wide for exp)": sinkhorn_log_domain}
-    forms = {name: lambda form=form: form(logits, temp) for name, form in forms.items()}
-    times = seconds(forms, args.runs)
-    slowest, exact = times["textbook loop, in place"], forms["textbook loop, in place"]()
-    rows = []
-    for name, form in forms.items():
-        error = ((form() - exact).norm() / exact.norm()).item()
-        rows.append([name, f"{times[name] * 1e3:.1f}", f"{slowest / times[name]:.2f}", f"{peak_bytes(form) / 2**20:.0f}", f"{error:.1e}"])
-    table(f"Sinkhorn-Knopp, {args.rows} x {args.prototypes}, 3 iterations, temperature {temp}",
-          ["form", "ms", "times faster", "peak MiB", "relative difference"], rows)
-
-
-def textbook_sinkhorn(logits, temp):
-    """DINOv2's loop, its divisions in place: two sums over the matrix and two divisions of it per iteration."""
-    q = torch.exp(logits.float() / temp).t()
-    q /= q.sum()
-    for _ in range(3):
-        q /= q.sum(1, keepdim=True)
-        q /= q.shape[0]
-        q /= q.sum(0, keepdim=True)
-        q /= q.shape[1]
-    q *= q.shape[1]
-    return q.t()
-
-
-def textbook_losses(student_global, student_local, student_patch, teacher, teacher_patch, masks, temp):
-    """DINOv2's form of the three cross-entropies: targets stored, one product and sum per pair of crops."""
-    def log_softmax(x):
-        return torch.log_softmax(x.float() / 0.1, dim=-1)
-    pairs, cls = 2 + 2 * len(student_local), textbook_sinkhorn(teacher.flatten(0, 1), temp).view(teacher.shape)
-    local = sum(-(target * s).sum(-1).mean() for s in map(log_softmax, student_local) for target in cls)
-    across = sum(-(target * s).sum(-1).mean() for target, s in zip(cls.flip(0), map(log_softmax, student_global)))
-    weight = (1 / masks.sum(1).clamp(min=1)).unsqueeze(1).expand_as(masks)[masks]
-    patch = (-(textbook_sinkhorn(teacher_patch, temp) * log_softmax(student_patch)).sum(-1) * weight).sum() / len(masks)
-    return (local + across) / pairs + patch
-
-
-def our_losses(student_global, student_local, student_patch, teacher, teacher_patch, masks, temp, kernels):
-    import dino_loss
-    os.environ["ENDODINO_PROTOTYPE_LOSS"] = "triton" if kernels else "torch"
-    targets, patch_targets = (dino_loss.teacher_targets(x, temp) for x in (teacher, teacher_patch))
-    return sum(dino_loss.dino_loss(student_global, student_local, targets)) + dino_loss.ibot_loss(student_patch, patch_targets, masks)
+def bench_attention(argv):
+    """attention on a CPU: library against batched products; on a GPU: kernels against every backend."""
+    attention_benchmark.main(argv)
 
 
 @command
 def bench_loss(argv):
-    """Sinkhorn-Knopp and the DINO and iBOT cross-entropies, forward and backward from the logits: time, memory traffic, peak memory."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.py loss", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64 if cuda else 4, help="frames; the rows of logits follow, for ViT-S, B and L alike")
-    parser.add_argument("--prototypes", type=int, nargs="+", default=[65536, 131072], help="K of the shared and of separate heads")
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the logits")
-    parser.add_argument("--runs", type=int, default=20 if cuda else 3, help="timed calls of each candidate")
-    args = parser.parse_args(argv)
-    device, B, temp, rows = torch.device("cuda" if cuda else "cpu"), args.batch, 0.05, []
-    masks = torch.zeros(2 * B, 256, dtype=torch.bool, device=device)
-    masks[:B, :77] = True  # DINOv2 hides 30 % of the patches of half the crops
-    for K in args.prototypes:
-        generator = torch.Generator(device).manual_seed(0)
-        prototypes = torch.nn.functional.normalize(torch.randn(K, 256, device=device, generator=generator), dim=1)
-        shapes = (2, B), (8, B), (77 * B,), (2, B), (77 * B,)  # student: global, local, patches; teacher: global, patches
-        logits = [(torch.nn.functional.normalize(torch.randn(*shape, 256, device=device, generator=generator), dim=-1) @ prototypes.T)
-                  .to(getattr(torch, args.dtype)).requires_grad_(i < 3) for i, shape in enumerate(shapes)]
-        del prototypes
-        student, teacher = (sum(x.nbytes for x in part) for part in (logits[:3], logits[3:]))
-        moved = 7 * teacher + 3 * student  # 5 passes of Sinkhorn, 1 forward, 1 backward; 1 forward, 1 backward, the gradient written
+    """Sinkhorn-Knopp and the cross-entropies, forward and backward from the logits: time, traffic, peak memory."""
+    loss_benchmark.loss(argv)
 
-        def gradients(losses, **kwargs):
-            loss = losses(*logits, masks, temp, **kwargs)
-            return loss.detach(), torch.autograd.grad(loss, logits[:3])
 
-        forms = {"(a) textbook, as DINOv2 writes it": lambda: gradients(textbook_losses),
-                 "(b) scaling vectors, plain PyTorch": lambda: gradients(our_losses, kernels=False)}
-        if cuda:
-            forms["(c) Triton kernels, targets never stored"] = lambda: gradients(our_losses, kernels=True)
-        copy = torch.empty_like(logits[2])
-        times = seconds(forms | {"copy": lambda: copy.copy_(logits[2].detach())}, args.runs)
-        rate = 2 * copy.nbytes / times.pop("copy")
-        del copy
-        first, peaks = next(iter(forms)), {name: peak_bytes(form) for name, form in forms.items()}
-        for name, form in forms.items():
-            (loss, gradient), (exact, exact_gradient) = form(), forms[first]()
-            difference = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip((loss, *gradient), (exact, *exact_gradient)))
-            rows.append([f"{K:,}", name, f"{times[name] * 1e3:.1f}", f"{times[first] / times[name]:.2f}",
-                         f"{moved / times[name] / 1e9:.1f}", f"{moved / times[name] / rate:.0%}", f"{peaks[name] / 2**20:.0f}",
-                         f"{peaks[name] / peaks[first]:.0%}", f"{difference:.0e}"])
-            del loss, gradient, exact, exact_gradient
-    table(f"Loss head, batch {B}: {10 * B} student and {2 * B} teacher class tokens, {77 * B} patches, {args.dtype} logits; "
-          f"a copy moves {rate / 1e9:.1f} GB/s",
-          ["K", "form", "ms", "times faster", "useful GB/s", "of the copy rate", "peak MiB", "of the textbook's", "difference"], rows)
-    print("\nUseful bytes: 7 reads of the teacher's logits, 2 reads of the student's and one write of their gradient, whatever a form "
-          "moves. The rows are those of ViT-S, B and L alike: heads see tokens, not widths."
-          + ("" if cuda else " On a CPU pretrain.py runs (b); the kernels (c) need a GPU, and the batch is small so that this ends soon."))
+@command
+def bench_sinkhorn(argv):
+    """Sinkhorn-Knopp by scaling vectors against the textbook loop: time and peak memory."""
+    loss_benchmark.sinkhorn(argv)
 
 
 @command
@@ -375,194 +221,6 @@ def pil_multicrop():
         image = Image.open(path).convert("RGB")
         return [v(image) for v in views]
     return crops
-
-
-PACK = ((128, 257), (512, 50))  # 64 images: two crops of 224 px, eight of 98 px
-ATTENTION_SHAPES = {  # name -> (runs, numbers of heads)
-    "A the pack": (PACK, (6, 12, 16, 24)),
-    "B global crops": (PACK[:1], (12, 16)),
-    "C local crops": (PACK[1:], (12, 16)),
-    "D four registers": (((128, 261), (512, 54)), (12, 16)),
-    "E patches of 16 px": (((128, 197), (512, 37)), (12,)),
-    "F 518 px": (((16, 1370), (64, 50)), (16,)),
-    "F 644 px": (((8, 2117),), (16,)),
-    "G 1 image": (((2, 257), (8, 50)), (12,)),
-    "G 4 images": (((8, 257), (32, 50)), (12,)),
-    "G 16 images": (((32, 257), (128, 50)), (12,)),
-    "H ragged": (tuple((1, 1 + i * 97 % 272) for i in range(425)), (12,)),  # every length from 1 to 272, 58 thousand tokens
-}
-
-
-@command
-def bench_attention(argv):
-    """fused attention against every stock backend on a GPU; --compile-only: registers, spills, shared memory, without one."""
-    parser = argparse.ArgumentParser(prog="bench.py attention", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list("ABCDEFGH"), metavar="LETTER",
-                        help="first letters of: " + ", ".join(ATTENTION_SHAPES))
-    parser.add_argument("--heads", nargs="+", type=int, help="heads of 64 channels, instead of each shape's own")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="type of q, k and v")
-    parser.add_argument("--runs", type=int, default=50, help="timed calls of each candidate, twice")
-    parser.add_argument("--compile-only", action="store_true", help="what the compiler makes of the kernels; needs no GPU")
-    parser.add_argument("--archs", nargs="+", type=int, choices=[80, 90], default=[90, 80], help="compute capabilities to compile for")
-    args = parser.parse_args(argv)
-    if args.compile_only:
-        return attention_as_compiled(args.archs)
-    if not torch.cuda.is_available():
-        return print("bench.py attention compares kernels on a GPU, and there is none here. `python bench.py attention --compile-only` "
-                     "prints what the compiler makes of them without one.")
-    torch.manual_seed(0)
-    block = torch.empty(2**28, device="cuda"), torch.empty(2**28, device="cuda")
-    copied = 2 * block[0].nbytes / event_seconds({"copy": lambda: block[0].copy_(block[1])}, args.runs)["copy"]  # byte/s, read and written
-    del block
-    print(f"measured copy rate {copied / 1e12:.2f} TB/s; cuDNN {torch.backends.cudnn.version()}, CUDA {torch.version.cuda}")
-    for name, (runs, heads) in ATTENTION_SHAPES.items():
-        for H in (args.heads or heads) if name[0] in args.shapes else ():
-            attention_table(name, runs, H, getattr(torch, args.dtype), copied, args.runs)
-
-
-def attention_as_compiled(archs):
-    """Table of the kernels that the dispatcher picks, compiled for GPUs that need not be here."""
-    import triton
-    from tests.attention_aot import report
-
-    cases = [(257, False), (50, False), (261, False), (1370, False), (64, True), (272, True)]
-    rows = []
-    for arch in archs:
-        for dtype in ("bfloat16", "float16"):
-            for length, ragged in cases:
-                for kernel, f in report(length, dtype, arch, ragged):
-                    rows.append([f"sm_{arch}", dtype, f"up to {length}" if ragged else length, kernel, f["warps"], f["registers"],
-                                 f["spills"], f"{f['shared'] / 1024:.0f}", f["programs_per_sm"], f["wgmma"], f["mma"], f["atomics"],
-                                 f["instructions"]])
-    table(f"Attention kernels as triton {triton.__version__} compiles them; nothing was run",
-          ["GPU", "type", "tokens", "kernel", "warps", "registers", "spills", "shared KiB", "programs per SM", "wgmma", "mma", "atomics",
-           "instructions"], rows)
-
-
-def stock_attention(runs, H):
-    """{name: function(q, k, v) -> out}, all (T, H, 64): what PyTorch brings for packed sequences."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    from torch.nn.functional import scaled_dot_product_attention as attend
-
-    lengths = torch.tensor([n for count, n in runs for _ in range(count)], device="cuda")
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    longest, sizes = int(lengths.max()), [count * n for count, n in runs]
-    document = torch.arange(len(lengths), device="cuda").repeat_interleave(lengths)
-    inside = torch.arange(longest, device="cuda") < lengths[:, None]                                # (sequences, longest)
-    rows = (starts[:-1, None] + torch.arange(longest, device="cuda")).where(inside, 0)
-    cache = {}
-
-    def per_run(backend, q, k, v):
-        with sdpa_kernel(backend):
-            parts = zip(runs, *(x.split(sizes) for x in (q, k, v)))
-            out = [attend(*(x.unflatten(0, run).transpose(1, 2) for x in part)) for run, *part in parts]
-        return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in out])
-
-    def padded(q, k, v):
-        out = attend(*(x[rows].transpose(1, 2) for x in (q, k, v)), attn_mask=inside[:, None, None])
-        return out.transpose(1, 2)[inside]
-
-    def varlen(q, k, v):
-        from torch.nn.attention.varlen import varlen_attn
-        return varlen_attn(q, k, v, starts.int(), starts.int(), longest, longest)
-
-    def flex(q, k, v):
-        if not cache:
-            same = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, len(q), len(q), "cuda", _compile=True)
-            cache.update(mask=same, fn=torch.compile(flex_attention, dynamic=False))
-        return cache["fn"](*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=cache["mask"])[0].transpose(0, 1)
-
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-    return {f"SDPA {name}": functools.partial(per_run, backend) for name, backend in backends.items()} | {
-        "varlen_attn": varlen, "flex_attention, compiled": flex, "SDPA padded and masked": padded}
-
-
-def attention_table(name, runs, H, dtype, copied, n_runs):
-    """One table. Kernel level: q, k, v given, dq, dk, dv wanted. Module level: packed qkv and its packed gradient, as in training."""
-    from custom_kernels.attention import attention, sdpa
-
-    T, pairs = sum(count * n for count, n in runs), sum(count * n**2 for count, n in runs)
-    inputs = [(torch.randn(T, 3, H, 64, device="cuda", dtype=dtype), torch.randn(T, H, 64, device="cuda", dtype=dtype)) for _ in range(4)]
-    stock = stock_attention(runs, H)
-    packed = {"ours": lambda qkv: attention(qkv, runs, "triton"), "what auto picks": lambda qkv: attention(qkv, runs)}
-    packed |= {label: lambda qkv, fn=fn: fn(*qkv.unbind(1)) for label, fn in stock.items()}
-
-    def step(fn, separate):
-        """Function that runs forward and backward on the next of four inputs, which together exceed the cache."""
-        leaves = [(qkv.unbind(1) if separate else [qkv], dout) for qkv, dout in inputs]
-        turn = itertools.cycle([([x.detach().requires_grad_() for x in given], dout) for given, dout in leaves])
-
-        def call():
-            given, dout = next(turn)
-            return torch.autograd.grad(fn(*given), given, dout)
-        return call
-
-    def wrong(fn):
-        """Relative error of output and gradient, the larger, on the first sequence of each run; fresh memory is full of NaN."""
-        first = [sum(count * n for count, n in runs[:i]) + j for i, run in enumerate(runs[:9]) for j in range(run[1])]
-        few, results = [(1, n) for _, n in runs[:9]], []
-        exact = lambda x: sdpa(x, few), slice(None), *(y[first].double() for y in inputs[0])  # noqa: E731
-        for f, rows, x, do in ((fn, first, *inputs[0]), exact):
-            torch.full((2**28,), float("nan"), device="cuda")
-            x = x.detach().requires_grad_()
-            out = f(x)
-            results.append([y[rows].double() for y in (out.detach(), *torch.autograd.grad(out, x, do))])
-        return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
-
-    error, kernel, module, forward = {}, {}, {}, {}
-    for label, fn in packed.items():
-        try:
-            error[label] = wrong(fn)
-            kernel[label] = step(stock[label], True) if label in stock else step(fn, False)
-            kernel[label]()
-            module[label] = step(fn, False)
-            forward[label] = torch.no_grad()(lambda fn=fn, turn=itertools.cycle(inputs): fn(next(turn)[0]))
-        except Exception as e:  # a backend that does not take these inputs, or is not in this PyTorch
-            print(f"{label} is out of {name}: {type(e).__name__}: {' '.join(str(e).split())}"[:200])
-            kernel.pop(label, None)
-    graphs = {label: as_cuda_graph(fn, 4) for label, fn in module.items()}
-    times = [[event_seconds(c, n_runs) for _ in range(2)] for c in (forward, kernel, module, {k: g for k, g in graphs.items() if g})]
-    floor, rows = (12 * 64 * dtype.itemsize + 8) * T * H / copied, []  # q k v o, then q k v o do dq dk dv; L written and read
-    best = [min((t[0][label] for label in stock if label in kernel), default=float("nan")) for t in times[:3]]
-    for label in kernel:
-        f, k, m = (times[level][0][label] for level in range(3))
-        again = max(abs(times[level][1][label] / times[level][0][label] - 1) for level in range(3))
-        replay = f"{times[3][0][label] / 4 * 1e3:.3f}" if graphs[label] else "-"
-        rows.append([label, f"{error[label]:.1e}", f"{f * 1e3:.3f}", f"{k * 1e3:.3f}", f"{m * 1e3:.3f}", replay,
-                     f"{14 * pairs * H * 64 / m / 1e12:.0f}", f"{floor / m:.0%}", *(f"{b / t:.2f}" for b, t in zip(best, (f, k, m))),
-                     f"{(peak_bytes(module[label]) - inputs[0][0].nbytes * 4 / 3) / 2**20:.0f}", f"{again:.0%}"])
-    table(f"Attention {name}, {T} tokens, {H} heads, {str(dtype)[6:]}",
-          ["", "error", "forward ms", "kernel ms", "module ms", "graph replay ms", "TFLOP/s", "of floor", "x stock forward",
-           "x stock kernel", "x stock module", "extra MiB", "second pass"], rows)
-
-
-def as_cuda_graph(call, n):
-    """n calls as one replay, or None where they cannot be captured."""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(n):
-                call()
-        return graph.replay
-    except Exception:
-        torch.cuda.synchronize()
-        return None
-
-
-def event_seconds(candidates, runs):
-    """As `seconds`, on the GPU's own clock."""
-    times = {name: [] for name in candidates}
-    for i in range(5 + runs):
-        for name, fn in candidates.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            fn()
-            stop.record()
-            stop.synchronize()
-            if i >= 5:
-                times[name].append(start.elapsed_time(stop) / 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 CASES = {  # letter -> flags of pretrain.py; A to D end in minutes on a CPU, E to G are for GPUs

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vit
 from custom_kernels import attention as module
-from custom_kernels import attention_products
+from custom_kernels import attention_products, bench_attention
 from custom_kernels import interpreted, why_no_triton_on
 from custom_kernels.attention import attention, packed_attention, packed_attention_backward, sdpa
 from custom_kernels.attention_products import products, products_backward
@@ -518,6 +519,30 @@ def test_a_gpu_takes_the_kernels(monkeypatch):
     with Names() as mode:
         attention(qkv, ((2, 257),))
     assert mode.names.count("attention") == 1 and "_scaled_dot_product_flash_attention" not in mode.names
+
+
+# --- its benchmark --------------------------------------------------------------------------------------------------------------
+
+
+@here_only
+@pytest.mark.skipif(DEVICE != "cpu", reason="CPUs only")
+def test_benchmark_on_a_cpu(capsys, monkeypatch):
+    bench_attention.main("--runs 1 --lengths 10 5 --tokens 20 --heads 2".split())
+    out = capsys.readouterr().out
+    assert out.count("| 5 | 4 | ") == out.count("| 10 | 2 | ") == 2  # both types
+    for dtype, limits in module.LONGEST_PRODUCTS.items():
+        for mode, limit in zip(("in training", "without gradients"), limits):
+            assert re.search(rf"^\| {bench_attention.name_of(dtype)} \| {mode} \| \d+ \| {limit} \|$", out, re.M)
+    monkeypatch.setattr(bench_attention, "wrong", lambda fn, *_: 0.1 * (fn.keywords["impl"] == "products"))
+    with pytest.raises(SystemExit, match="5 tokens, bfloat16: the products err by"):
+        bench_attention.main("--runs 1 --lengths 5 --tokens 20".split())
+
+
+@here_only
+def test_how_far_products_win():
+    """(length, library's seconds, products' seconds): to the first length at which the products lose by more than 3 %."""
+    assert bench_attention.longest_win([(5, 2, 1), (10, 1, 1.02), (50, 1, 1.1), (257, 2, 1)]) == 10
+    assert bench_attention.longest_win([(5, 1, 2)]) == bench_attention.longest_win([]) == 0
 
 
 # --- child processes: the interpreter, and the compiler for GPUs that are not here --------------------------------------------------

@@ -6,6 +6,7 @@ kernels; test_compiles_for_hopper_without_spills compiles them for a GPU that ne
 """
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import dino_loss
-from custom_kernels import interpreter_defect, prototype_loss
+from custom_kernels import bench_prototype_loss, interpreter_defect, prototype_loss
 from custom_kernels.prototype_loss import Targets, cross_entropy, log_sum_exp, rowwise_cross_entropy, sinkhorn_bias
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -295,6 +296,18 @@ def test_two_processes_with_different_row_counts_ddp_and_fsdp(fused, tmp_path):
         for name in ("ddp", "fsdp"):
             for a, p in zip(out[name], head.parameters(), strict=True):
                 assert error(a, p.grad.double()) < 1e-5
+
+
+# --- its benchmark --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="takes the CPU's forms")
+def test_benchmark_on_a_cpu(capsys, monkeypatch):
+    monkeypatch.setenv("ENDODINO_PROTOTYPE_LOSS", "auto")  # it sets it, and this puts it back
+    bench_prototype_loss.loss("--batch 1 --prototypes 40 --runs 1".split())
+    bench_prototype_loss.sinkhorn("--rows 9 --prototypes 40 --runs 1".split())
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| (40|scaling|bias)", line)]
+    assert len(rows) == 4 and all(float(cells[-1].rstrip(" |")) < 1e-5 for cells in rows)  # all are one loss, one normalisation
 
 
 # --- the kernels, without a GPU -------------------------------------------------------------------------------------------------

@@ -114,9 +114,8 @@ def update_center(center, logits, momentum=0.9):
 
     DINOv2 averages the processes' means for iBOT, where row counts differ; this is the mean over the rows themselves."""
     total = all_reduce(torch.cat([logits.float().sum(0), center.new_tensor([len(logits)])]))   # (K + 1,)
-    if total[-1] == 0:
-        return center
-    return center * momentum + total[:-1] / total[-1] * (1 - momentum)
+    moved = center * momentum + total[:-1] / total[-1] * (1 - momentum)
+    return torch.where(total[-1] > 0, moved, center)  # no rows anywhere: it stays, and no GPU is asked
 
 
 @torch.no_grad()

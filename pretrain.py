@@ -263,7 +263,9 @@ def build_model(args, say):
             raise SystemExit(f"--init: {error}") from error
         backbone.load_state_dict(loaded.state_dict())
     backbone.checkpoint_activations = args.checkpoint_activations
-    model = DINOv2(backbone, args.prototypes, args.head_hidden, args.bottleneck, args.separate_heads, 256, args.centering, args.koleo)
+    model = DINOv2(backbone, n_prototypes=args.prototypes, hidden_dim=args.head_hidden,
+                   bottleneck_dim=args.bottleneck, separate_ibot_head=args.separate_heads,
+                   centering=args.centering, weights={"koleo": args.koleo})
     if loaded:
         load_heads(model, args.init, say)
     return model
@@ -322,8 +324,11 @@ def autocast_for(args, device):
 
 def make_batches(args, frames, start, rank, world, device):
     """Batches of this process from step `start` on, endless workers behind them."""
-    multicrop = augment.MultiCrop(frames, args.seed, args.global_size, args.local_size, args.local_crops, tuple(args.global_scale),
-                               tuple(args.local_scale), args.blur, args.hue, args.grayscale, args.solarize, args.exact_decode)
+    multicrop = augment.MultiCrop(
+        frames, seed=args.seed, global_size=args.global_size, local_size=args.local_size,
+        local_crops=args.local_crops, global_scale=tuple(args.global_scale),
+        local_scale=tuple(args.local_scale), blur=args.blur, hue=args.hue,
+        grayscale=args.grayscale, solarize=args.solarize, exact_decode=args.exact_decode)
     sampler = augment.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps)
     side = args.global_size // 14
     masks = augment.BlockMasks((side, side), args.batch * world, args.seed)

@@ -1,4 +1,5 @@
 """The method: DINOv2's own training steps, schedules and parameter groups, from its numbers."""
+import copy
 import json
 
 import numpy as np
@@ -6,10 +7,13 @@ import pytest
 import torch
 from conftest import REFERENCE
 from fill import array
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino
 import pretrain
 import vit
+from custom_kernels import prototype_loss
 
 META = json.loads((REFERENCE / "meta.json").read_text())
 
@@ -100,3 +104,109 @@ def test_each_submodule_is_clipped_on_its_own():
     assert norms["backbone"].item() == pytest.approx(10 * 20**0.5) and norms["dino_head"].item() == pytest.approx(0.1 * 20**0.5)
     assert student["backbone"].weight.grad[0, 0].item() == pytest.approx(3 / 20**0.5, rel=1e-5)
     assert (student["dino_head"].weight.grad == 0.1).all()
+
+
+# --- one step: what it changes, and what it asks for ---------------------------------------------
+
+
+def small_step(fused=True, **kwargs):
+    """(model, optimiser, a batch, this step's schedules) of a network of two blocks; two steps behind it."""
+    torch.manual_seed(0)
+    backbone = vit.VisionTransformer(32, 2, 2, image_size=56, drop_path=0.2)
+    model = dino.DINOv2(backbone, 64, hidden_dim=48, bottleneck_dim=16, **kwargs).train()
+    groups = dino.param_groups(model.student, 0.9, 0.2)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=fused)
+    masks = torch.zeros(8, 16, dtype=torch.bool)
+    masks[::2, :5] = True
+    batch = {"global_crops": torch.randn(8, 3, 56, 56), "local_crops": torch.randn(8, 3, 28, 28),
+             "masks": masks, "masked": masks.flatten().nonzero().squeeze(1)}
+    now = {"lr": 1e-3, "backbone_lr": 1e-3, "last_layer_lr": 1e-3, "weight_decay": 0.04,
+           "momentum": 0.9, "temp": 0.04}
+    for _ in range(2):
+        assert dino.train_step(model, optimizer, batch, now, clip=3.0)[2]
+    return model, optimizer, batch, now
+
+
+def everything(model, optimizer):
+    """Copies of all that a step may change."""
+    states = [s for state in optimizer.state_dict()["state"].values() for s in state.values()]
+    return copy.deepcopy([*model.state_dict().values(), *states])
+
+
+@pytest.mark.parametrize("crops", ["global_crops", "local_crops"])
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_step_changes_nothing(fused, centering, crops):
+    """Weights, moments, step counters, teacher and centres, though the optimiser was called."""
+    model, optimizer, batch, now = small_step(fused, centering=centering)
+    before = everything(model, optimizer)
+    poisoned = batch | {crops: batch[crops].clone()}
+    poisoned[crops][0, 0, 0, 0] = float("nan")
+    terms, norms, finite = dino.train_step(model, optimizer, poisoned, now, clip=3.0)
+    assert not finite and not terms["loss"].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+    assert dino.train_step(model, optimizer, batch, now, clip=3.0)[2]
+    assert not all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer)))
+
+
+def test_fused_and_plain_adamw_step_alike():
+    for a, b in zip(everything(*small_step(True)[:2]), everything(*small_step(False)[:2]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_teacher_is_the_moving_average_to_the_bit():
+    model = small_step()[0]
+    teacher = [p.clone() for p in model.teacher.parameters()]
+    get_ema_multi_avg_fn(0.99)(teacher, list(model.student.parameters()), None)
+    model.update_teacher(0.99, torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(teacher, model.teacher.parameters(), strict=True))
+
+
+class Questions(TorchDispatchMode):
+    """The operations for whose answer the host would have to wait for a GPU, in the order of asking."""
+    ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and len(args) > 1 and isinstance(args[1], (list, tuple)) and any(
+            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])
+        sizeless = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        if name in self.ASKING or by_mask or sizeless:
+            self.asked.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+def test_a_step_asks_the_device_for_nothing(centering, precision, monkeypatch):
+    """So that a GPU is given the next work before it has done this. Sinkhorn-Knopp as on a GPU: the form for CPUs asks
+    how wide the logits' range is. A batch without "masked" has to ask how many patches it hides."""
+    def on_gpu(logits, temp, center=None):
+        bias = prototype_loss.sinkhorn_bias(logits.flatten(0, -2), temp) if center is None else -center / temp
+        return prototype_loss.Targets(logits, bias, temp)
+    model, optimizer, batch, now = small_step(centering=centering)
+    batch["kept"] = model.student["backbone"].draw_kept([8, 8])
+    monkeypatch.setattr(dino.losses, "teacher_targets", on_gpu)
+    autocast = vit.autocast("cpu", vit.PRECISIONS[precision])
+    with Questions() as questions:
+        finite = dino.train_step(model, optimizer, batch, now, 3.0, autocast)[2]
+    assert questions.asked == []
+    with Questions() as questions:
+        assert finite
+        del batch["masked"]
+        dino.train_step(model, optimizer, batch, now, 3.0, vit.autocast("cpu", vit.PRECISIONS[precision]))
+    assert questions.asked == ["_local_scalar_dense", "nonzero"]
+
+
+def test_a_new_term_is_a_row():
+    """Its weight in WEIGHTS is all that the step and the log need to know of it."""
+    model = small_step()[0]
+    assert model.weights == dino.WEIGHTS
+    terms = dino.DINOv2(vit.VisionTransformer(32, 1, 2, image_size=56), 64, 48, 16, weights={"ibot": 2.0}).weights
+    assert terms == dino.WEIGHTS | {"ibot": 2.0}
+    with pytest.raises(ValueError, match="no term .*kolleo"):
+        dino.DINOv2(vit.VisionTransformer(32, 1, 2, image_size=56), 64, 48, 16, weights={"kolleo": 2.0})

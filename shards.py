@@ -12,7 +12,13 @@ import tarfile
 import numpy as np
 from tqdm import tqdm
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")  # Pillow reads
+SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+
+
+def visible(name):
+    """Whether a file or folder of this name is a user's: not hidden, and none of those that systems leave behind."""
+    return not name.startswith(".") and name not in SYSTEM
 
 
 class BadShard(OSError):
@@ -104,7 +110,7 @@ def index_shard(shard):
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep an object of a kilobyte for each
                 name = os.path.normpath(member.name)
-                if member.isreg() and name.lower().endswith(SUFFIXES) and not f"/{name}".count("/."):
+                if member.isreg() and name.lower().endswith(SUFFIXES) and all(map(visible, name.split("/"))):
                     rows[os.fsencode(name)] = member.offset_data, member.size  # of one name the last counts, as in tar
                 bar.update(tar.offset - bar.n)
             tar.fileobj.seek(tar.offset)

@@ -744,7 +744,7 @@ def test_folds_are_balanced_and_no_patient_crosses():
     assert all(len(set(folds[groups == g])) == 1 for g in range(60))
     shares = np.array([np.bincount(labels[folds == k], minlength=4) for k in range(5)]) * 5 / np.bincount(labels)
     assert np.abs(shares - 1).max() < 0.25
-    with pytest.raises(AssertionError, match="set: 1 groups cross split 0, such as p7"):
+    with pytest.raises(ValueError, match="set: 1 groups cross split 0, such as p7"):
         data.Labelled("set", ["a", "b", "c"], None, (), ["p7", "p8", "p7"], None, [data.Split(np.array([0]), np.array([1]), np.array([2]))])
 
 

@@ -1,6 +1,8 @@
 """Frames as hospitals have them: what was once read wrongly in silence, and what must be said in one sentence."""
+import dataclasses
 import errno
 import io
+import json
 import os
 
 import numpy as np
@@ -277,3 +279,280 @@ def test_the_sentence_survives_a_worker(tmp_path):
         with pytest.raises(kind) as caught:
             list(tud.DataLoader(Failing(), batch_size=None, sampler=[kind], num_workers=1))
         assert str(caught.value) == "a.png: Input/output error. The machine fails"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and lists of unlabelled frames
+
+
+def tiny(*paths):
+    for k, path in enumerate(paths):
+        saved(path, np.full((8, 8, 3), k % 256, np.uint8))
+
+
+def names(frames):
+    return [frames.name(i) for i in range(len(frames))]
+
+
+@pytest.fixture
+def unsaid(monkeypatch):
+    """Nothing has been said yet."""
+    monkeypatch.setattr(data, "said", set())
+
+
+def test_what_systems_leave_behind_is_no_frame(tmp_path):
+    tiny(tmp_path / "a/1.png", *(tmp_path / f"a/{name}/2.png" for name in
+                                 ("__MACOSX", "@eaDir/1.png", "lost+found", "#recycle", "$RECYCLE.BIN", ".hidden")))
+    assert names(data.Frames(tmp_path)) == ["a/1.png"]
+
+
+def test_what_is_passed_over_is_counted_and_named_once(tmp_path, capsys, unsaid):
+    tiny(tmp_path / "a/1.png", tmp_path / "a/2.jpe", tmp_path / "a/3.JFIF", tmp_path / "a/4.gif")
+    for name in ("b.heic", "c.heic", "d.dcm", "a/e.mp4", "a/IM0001", "notes.txt", "manifest.json", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"?")
+    for _ in range(2):
+        assert names(data.Frames(tmp_path)) == ["a/1.png", "a/2.jpe", "a/3.JFIF", "a/4.gif"]
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"{tmp_path}: passed over files that are not read as frames: 2 .heic, ")
+    assert all(part in said for part in ("1 .dcm", "1 .mp4", "1 without a suffix")) and ".txt" not in said
+    assert data.images_in(tmp_path / "a") and "a: passed over" in capsys.readouterr().err
+
+
+def test_manifests_as_people_write_them(tmp_path, capsys, unsaid):
+    tiny(tmp_path / "a/1.png", tmp_path / "a/2.png")
+    manifest = tmp_path / "list.csv"
+    manifest.write_bytes(b"\xef\xbb\xbfpath, video\na/1.png, first\na/2.png, second\n")
+    frames = data.Frames(manifest)
+    assert names(frames) == ["a/1.png", "a/2.png"] and frames.videos == ["first", "second"]
+    manifest.write_text("path,video\na/1.png,x\na/2.png,y\na/1.png,z\n")
+    frames = data.Frames(manifest)
+    assert names(frames) == ["a/1.png", "a/2.png"] and [frames.video(i) for i in range(2)] == ["x", "y"]
+    assert capsys.readouterr().err == (f"{manifest}: 1 rows name a frame that an earlier row names, such as a/1.png; "
+                                       "each frame counts once\n")
+    for rows in ("video,path\na\n", "video,path\na,\n", "video,path\na, \n"):
+        manifest.write_text("video,path\nx,a/1.png\n" + rows.split("\n", 1)[1])
+        with pytest.raises(ValueError, match="list.csv: line 3 has no path"):
+            data.Frames(manifest)
+
+
+def test_lists_in_every_encoding(tmp_path):
+    tiny(tmp_path / "a/Tür.png", tmp_path / "a/b.png")
+    lines = tmp_path / "lines.txt"
+    for encoding in ("utf-8", "utf-8-sig"):
+        lines.write_text("Tür.png\r\n", encoding=encoding)
+        assert names(data.Frames(tmp_path / "a", only=lines)) == ["Tür.png"]
+    lines.write_text("Tür.png\n", encoding="latin-1")
+    with pytest.raises(FileNotFoundError, match="lines.txt: 1 lines name no frame .* not in UTF-8"):
+        data.Frames(tmp_path / "a", only=lines)
+    lines.write_text("Tür.png\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="lines.txt: is text in UTF-16"):
+        data.Frames(tmp_path / "a", only=lines)
+
+
+def test_names_that_are_no_utf8_are_read_from_folders_and_lists(tmp_path):
+    (tmp_path / "a").mkdir()
+    name = os.fsdecode(b"T\xfcr.png")
+    saved(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8)).rename(tmp_path / "a" / name)
+    (tmp_path / "list.csv").write_bytes(b"path\na/T\xfcr.png\n")
+    for frames in (data.Frames(tmp_path / "a"), data.Frames(tmp_path / "list.csv")):
+        assert data.read_image(frames.path(0)).size == (8, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes of one's own
+
+
+def parts_of(labelled, split=0):
+    """{part: groups of its frames}."""
+    split = labelled.splits[split]
+    return {part: {labelled.groups[i] for i in getattr(split, part)} for part in ("train", "val", "test")}
+
+
+def test_patients_of_flat_class_folders_stay_together(tmp_path):
+    tiny(*(tmp_path / f"a/patient{p}_{i}.jpg" for p in range(5) for i in range(4)),
+         *(tmp_path / f"b/patient{p}_{i}.jpg" for p in range(10, 15) for i in range(4)))
+    labelled = data.load_folders(tmp_path)
+    assert len(set(labelled.groups)) == 10 and labelled.root == str(tmp_path)
+    assert labelled.grouping == "10 groups of frames (patients, videos, near-duplicates)"
+
+
+def test_the_first_folder_below_the_class_is_the_patient(tmp_path):
+    tiny(*(tmp_path / c / f"p{p}" / f"exam{e}" / f"{i}.png" for c in "ab" for p in range(5) for e in range(2) for i in range(2)))
+    labelled = data.load_folders(tmp_path)
+    assert set(labelled.groups) == {f"p{p}" for p in range(5)} and len(labelled.splits) == 5
+
+
+def test_where_nothing_groups_the_frames_that_is_said(tmp_path):
+    tiny(*(tmp_path / c / f"{i:02d}.png" for c in "ab" for i in range(6)))
+    labelled = data.load_folders(tmp_path)
+    assert len(set(labelled.groups)) == 12 and "frames count as independent" in labelled.grouping
+    (tmp_path / "groups.csv").write_text("file,group\n" + "".join(f"{c}/{i:02d}.png,g{i % 3}\n" for c in "ab" for i in range(6)))
+    labelled = data.load_folders(tmp_path)
+    assert set(labelled.groups) == {"g0", "g1", "g2"} and len(labelled.splits) == 3 and labelled.name.endswith("3 folds")
+    (tmp_path / "groups.csv").write_text("file,group\n00,g0\n")
+    with pytest.raises(ValueError, match="groups.csv: 10 frames are not listed, such as a/01.png"):
+        data.load_folders(tmp_path)
+    (tmp_path / "groups.csv").write_text("file,group\n00,g0\n00,g1\n")
+    with pytest.raises(ValueError, match="groups.csv: 00 is in two groups, g0 and g1"):
+        data.load_folders(tmp_path)
+
+
+def test_folders_that_are_no_classes(tmp_path, capsys, unsaid):
+    tiny(*(tmp_path / c / f"{i}.png" for c in ("a", "b", "__MACOSX", "lost+found", "@eaDir") for i in range(5)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/cache.pt").write_bytes(b"")
+    labelled = data.open_labelled(tmp_path, "landmarks")
+    assert labelled.classes == ("a", "b") and np.bincount(labelled.labels).tolist() == [5, 5]
+    assert f"{tmp_path}: passed over @eaDir, __MACOSX, empty, features, lost+found: no images" in capsys.readouterr().err
+
+
+def test_a_tree_that_is_split_already_keeps_its_split(tmp_path):
+    for part, n in (("train", 20), ("test", 4)):
+        tiny(*(tmp_path / part / c / f"{i:02d}.png" for c in "ab" for i in range(n)))
+    labelled = data.load_folders(tmp_path)
+    split, = labelled.splits
+    assert labelled.classes == ("a", "b") and [len(p) for p in (split.train, split.val, split.test)] == [36, 4, 8]
+    assert {labelled.paths[i].split("/")[-3] for i in split.test} == {"test"}
+    assert [labelled.classes[label] for label in labelled.labels] == [path.split("/")[-2] for path in labelled.paths]
+    tiny(*(tmp_path / "valid" / c / "0.png" for c in "ab"))
+    split, = data.load_folders(tmp_path).splits
+    assert [len(p) for p in (split.train, split.val, split.test)] == [40, 2, 8]
+    tiny(tmp_path / "valid/c/0.png")
+    with pytest.raises(ValueError, match=f"{tmp_path}: the parts of a split must hold the same .* val: a, b, c"):
+        data.load_folders(tmp_path)
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="train, valid look like the parts of a split: train and test are needed"):
+        data.load_folders(tmp_path)
+
+
+def test_a_patient_on_both_sides_of_a_given_split_is_named(tmp_path):
+    tiny(*(tmp_path / part / c / f"patient{p}_0.png" for part, first in (("train", 0), ("test", 9)) for c in "ab"
+           for p in range(first, first + 10)))
+    with pytest.raises(ValueError, match=f"{tmp_path}: 1 groups cross split 0, such as 9: all frames of a patient"):
+        data.load_folders(tmp_path)
+
+
+def test_too_few_patients_are_counted_by_class(tmp_path):
+    tiny(*(tmp_path / c / f"p{c}{p}" / f"{i}.png" for c in "ab" for p in range(2) for i in range(4)))
+    with pytest.raises(ValueError, match=f"{tmp_path}: .* three patients of each class, .* found a: 2, b: 2"):
+        data.load_folders(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames and masks
+
+
+def pairs(root, n, suffix=".png", prefix=""):
+    for i in range(n):
+        saved(root / f"images/{prefix}{i:02d}{suffix}", scene(32, 24, seed=i))
+        saved(root / f"masks/{prefix}{i:02d}.png", SQUARE[:24, :32] * 255)
+    return root
+
+
+def test_any_folder_of_images_and_masks(tmp_path):
+    labelled = data.open_labelled(pairs(tmp_path / "ours", 40), "polyps")
+    split, = labelled.splits
+    assert [len(p) for p in (split.train, split.val, split.test)] == [29, 3, 8]
+    assert labelled.name == "ours, frames with masks, a seeded split by group" and labelled.root == str(tmp_path / "ours")
+    assert np.array_equal(split.test, data.load_pairs(tmp_path / "ours").splits[0].test)
+    (tmp_path / "ours/groups.csv").write_text("file,group\n" + "".join(f"{i:02d},{i // 5}\n" for i in range(40)))
+    parts = parts_of(data.open_labelled(tmp_path / "ours", "polyps"))
+    assert [len(groups) for groups in parts.values()] == [6, 1, 1] and len(set.union(*parts.values())) == 8
+    few = data.open_labelled(pairs(tmp_path / "few", 19), "polyps")
+    assert few.splits == [] and len(few.paths) == 19 and few.name == "few, frames with masks"  # can be tested on
+    (tmp_path / "few").joinpath("images").rename(tmp_path / "few/image")
+    (tmp_path / "few").joinpath("masks").rename(tmp_path / "few/mask")
+    assert data.open_labelled(tmp_path / "few", "polyps").masks[3] == str(tmp_path / "few/mask/03.png")
+
+
+def test_two_files_of_one_stem_are_named(tmp_path):
+    pairs(tmp_path, 3)
+    saved(tmp_path / "images/01.jpg", scene(32, 24))
+    with pytest.raises(ValueError, match="images/01.png and .*images/01.jpg have one stem"):
+        data.open_labelled(tmp_path, "polyps")
+    (tmp_path / "images/01.jpg").rename(tmp_path / "masks/01.jpg")
+    with pytest.raises(ValueError, match="masks/01.png and .*masks/01.jpg have one stem"):
+        data.open_labelled(tmp_path, "polyps")
+
+
+@pytest.mark.parametrize("orientation", (3, 6))
+def test_a_frame_that_exif_turns_and_a_mask_that_it_does_not(tmp_path, orientation):
+    pairs(tmp_path, 3)
+    tagged(tmp_path / "images/01.png", scene(32, 24), orientation)
+    with pytest.raises(ValueError, match=rf"masks/01.png: EXIF turns the frame .*01.png \(orientation {orientation}\)"):
+        data.open_labelled(tmp_path, "polyps")
+    tagged(tmp_path / "masks/01.png", SQUARE[:24, :32] * 255, orientation)
+    assert len(data.open_labelled(tmp_path, "polyps").paths) == 3
+
+
+def test_lists_of_kvasir_seg_as_people_save_them(tmp_path):
+    pairs(tmp_path, 20)
+    (tmp_path / "train.txt").write_text("".join(f"{i:02d}.jpg\n" for i in [*range(15), 3]), encoding="utf-8-sig")
+    (tmp_path / "val.txt").write_text("".join(f"{i:02d}\n" for i in range(15, 20)))
+    split, = data.open_labelled(tmp_path, "polyps").splits
+    assert [len(p) for p in (split.train, split.val, split.test)] == [14, 1, 5]
+    with open(tmp_path / "train.txt", "a") as file:
+        file.write((tmp_path / "val.txt").read_text())
+    with pytest.raises(ValueError, match="train.txt and .*val.txt: 5 frames stand in both, such as 15"):
+        data.open_labelled(tmp_path, "polyps")
+
+
+def test_pranet_with_another_test_set(tmp_path):
+    for part, n in (("TrainDataset", 20), ("TestDataset/ETIS-LaribPolypDB", 3)):
+        pairs(tmp_path / part, n)
+    labelled = data.open_labelled(tmp_path, "polyps")
+    assert labelled.name == "PraNet's split, test ETIS-LaribPolypDB" and len(labelled.splits[0].test) == 3
+
+
+def test_training_masks_that_are_all_alike_are_refused():
+    empty, full, some = torch.zeros(4, 4) > 0, torch.ones(4, 4) > 0, torch.eye(4) > 0
+    for masks, word in (([empty, empty], "empty"), ([full, full], "full")):
+        with pytest.raises(ValueError, match=f"ours: all 2 training masks are {word}"):
+            data.refuse_one_sided(masks, "ours")
+    for masks in ([empty, some], [full, empty], torch.stack([full, some])):
+        data.refuse_one_sided(masks, "ours")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where data come from
+
+
+def test_synthetic_data_say_so_in_their_first_word(tmp_path):
+    trees = {"": False, "synthetic/deep": True}
+    for folder, synthetic in trees.items():
+        tiny(*(tmp_path / folder / "frames" / c / f"{i}.png" for c in "ab" for i in range(5)))
+        pairs(tmp_path / folder / "polyps", 20)
+    made_by = dict(videos=40, frames=20, scale=1.0, size=256, seed=0)
+    (tmp_path / "synthetic/made_by.json").write_text(json.dumps(made_by))
+    (tmp_path / "made_by.json").write_text('{"camera": "of another program"}')
+    for folder, synthetic in trees.items():
+        for labelled in (data.load_folders(tmp_path / folder / "frames"), data.load_pairs(tmp_path / folder / "polyps")):
+            assert labelled.name.startswith("synthetic frames in the layout of ") == synthetic
+            assert labelled.root.startswith(str(tmp_path))
+            again = dataclasses.replace(labelled, splits=[])
+            assert again.name == labelled.name
+
+
+def test_an_empty_fold_number_in_the_official_list(tmp_path):
+    tree = tmp_path / "labeled-images/lower-gi-tract/anatomical-landmarks"
+    tiny(*(tree / c / f"{c}{i}.png" for c in ("cecum", "ileum") for i in range(5)))
+    rows = [f"{c}{i}.png;{c};{i}" for c in ("cecum", "ileum") for i in range(5)]
+    listed = tmp_path / "official_splits/5_fold_split.csv"
+    listed.parent.mkdir()
+    for row, why in (("ileum4.png;ileum;", "line 11 has no split-index"), ("ileum4.png;ileum", "line 11 has no split-index"),
+                     ("ileum4.png;ileum;x", "ileum4.png is in fold 'x', which is no number")):
+        listed.write_text("\n".join(["file-name;class-name;split-index", *rows[:-1], row]))
+        with pytest.raises(ValueError, match=f"5_fold_split.csv: {why}"):
+            data.load_landmarks(tmp_path)
+
+
+def test_a_damaged_limuc_list_is_named(tmp_path):
+    tiny(*(tmp_path / part / f"Mayo {g}" / f"UC_patient_{p}_1.bmp" for part, p in (("train_and_validation_sets", 1), ("test_set", 2))
+           for g in range(4)))
+    path = tmp_path / "cross_validation_folds_train_val_info/fold_0/train.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"Mayo 0": ["UC_pat')
+    with pytest.raises(ValueError, match="fold_0/train.json: is no list as LIMUC publishes them"):
+        data.load_limuc(tmp_path)

@@ -318,6 +318,9 @@ def open_sets(args, task):
         labelled = data.open_labelled(root, task)
         if args.splits is not None and args.splits < 1:
             raise ValueError(f"--splits {args.splits}: at least one split must be left")
+        if not labelled.splits:
+            raise ValueError(f"{root}: {len(labelled.paths)} frames are too few to split ({data.ENOUGH} are enough); "
+                             "as --generalise all of them can be tested on")
         labelled = dataclasses.replace(labelled, splits=labelled.splits[:args.splits])
         other = args.generalise or (None if args.data else root / "scope2")
         other = data.open_labelled(other, task) if other else None

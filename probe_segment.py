@@ -251,7 +251,9 @@ def evaluate(args, labelled, sets, base):
                         | {"frames tested": len(groups), "groups tested": len(set(groups)), "panels": path and path.name})
 
     split = labelled.splits[0]
-    where = prior(torch.stack([read_mask(labelled.masks[i], 224) for i in split.train]), [read_mask(labelled.masks[i]) for i in split.val])
+    train_masks = torch.stack([read_mask(labelled.masks[i], 224) for i in split.train])
+    data.refuse_one_sided(train_masks, labelled.name)  # a mean training mask of nothing would score 1.000
+    where = prior(train_masks, [read_mask(labelled.masks[i]) for i in split.val])
     test("mean training mask", "none", lambda image, shape: resize(where, shape), {}, draw=False)
     for name, model in backbones(args.checkpoints, args.device, args.seed):
         arch_of[name] = architecture(model)

@@ -556,3 +556,15 @@ def test_a_damaged_limuc_list_is_named(tmp_path):
     path.write_text('{"Mayo 0": ["UC_pat')
     with pytest.raises(ValueError, match="fold_0/train.json: is no list as LIMUC publishes them"):
         data.load_limuc(tmp_path)
+
+
+def test_too_few_frames_can_be_tested_on_but_not_split(tmp_path):
+    with pytest.raises(SystemExit, match="few: 19 frames are too few to split"):
+        probe_segment.main(["--data", str(pairs(tmp_path / "few", 19)), "--out", str(tmp_path / "r.json")])
+
+
+def test_a_set_of_empty_masks_is_refused_before_any_training(tmp_path):
+    for path in (pairs(tmp_path / "set", 20) / "masks").iterdir():
+        saved(path, np.zeros((24, 32), np.uint8))
+    with pytest.raises(SystemExit, match="set, .*: all 15 training masks are empty"):
+        probe_segment.main(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "r.json")])

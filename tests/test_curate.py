@@ -228,12 +228,44 @@ def test_no_stage_reads_more_than_a_chunk_of_the_embeddings(monkeypatch):
     assert len(x) > 128 and Counted.most <= 64
 
 
-def test_two_processes_give_the_result_of_one(planted, tmp_path):
-    run(planted, tmp_path / "one", "--target", 8)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000),
-               curate.__file__, "--data", planted, "--target", "8", "--workers", "0", "--device", "cpu", "--out", tmp_path / "two"]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert (tmp_path / "one" / "manifest.csv").read_bytes() == (tmp_path / "two" / "manifest.csv").read_bytes()
+def processes(plan, tmp_path):
+    """Run curate_worker.py; the word printed for each run of the plan."""
+    (tmp_path / "plan.json").write_text(json.dumps(plan, default=str))
+    worker = os.path.join(os.path.dirname(__file__), "curate_worker.py")
+    root = os.path.dirname(os.path.abspath(curate.__file__))
+    result = subprocess.run([sys.executable, worker, tmp_path / "plan.json"], capture_output=True, text=True, env=os.environ | {
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root})
+    words = [line for line in result.stdout.splitlines() if line in ("done", "killed")]
+    assert result.returncode == 0 and len(words) == len(plan), result.stderr
+    return words
+
+
+def test_one_two_and_three_processes_give_one_manifest_after_kills_in_every_stage_too(planted, scenes, tmp_path):
+    """Three processes are killed in each stage in turn and two go on, as one would: what is done is not lost."""
+    scenes[3].save(tmp_path / "3.png")
+    (tmp_path / "excluded.txt").write_text(str(tmp_path / "3.png") + "\n")
+    flags = ["--data", planted, "--target", "8", "--workers", "0", "--device", "cpu", "--exclude", tmp_path / "excluded.txt",
+             "--clusters", "8", "4", "--duplicate", "0.97"]  # below 4 frames to a leaf, then below it too
+    parallel = (*STAGES[:3], ("curate", "resembling"), ("clusters", "kmeans"), ("clusters", "assign"))
+    plan = [(n, None, [*flags, "--out", tmp_path / str(n)]) for n in (1, 2, 3)]
+    plan += [(3, stage, [*flags, "--out", tmp_path / "killed"]) for stage in parallel]
+    plan += [(2, None, [*flags, "--out", tmp_path / "killed"])]
+    assert processes(plan, tmp_path) == ["done"] * 3 + ["killed"] * 6 + ["done"]
+    one = (tmp_path / "1" / "manifest.csv").read_bytes()
+    assert len(one.splitlines()) == 9
+    for other in ("2", "3", "killed"):
+        assert (tmp_path / other / "manifest.csv").read_bytes() == one, other
+
+
+def test_torchrun_starts_several_processes_and_their_error_is_one_sentence(planted, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(20000 + os.getpid() % 20000), curate.__file__, "--workers", "0", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([*command, "--data", planted, "--target", "8", "--out", tmp_path / "out"], env=environment,
+                           capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.count("8 chosen from") == 1, found.stderr
+    run(planted, tmp_path / "one", "--target", "8")
+    assert (tmp_path / "one" / "manifest.csv").read_bytes() == (tmp_path / "out" / "manifest.csv").read_bytes()
 
 
 def blobs(n=600, k=8, dim=16, seed=0):

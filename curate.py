@@ -22,14 +22,12 @@ import argparse
 import contextlib
 import csv
 import datetime
-import errno
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-import time
 import zipfile
 import zlib
 from functools import partial
@@ -44,6 +42,7 @@ from tqdm import tqdm
 
 import data
 import figures
+import frozen
 import synthetic
 import vit
 from clusters import (Columns, add_up, balanced_sample, capped, chunks, first_decides, hierarchy,
@@ -68,7 +67,6 @@ SIDE = 128  # px of the thumbnails that scores and descriptor are computed on
 HIDDEN = {False: None, True: True}  # tqdm's `disable`: None shows a bar on terminals only
 BATCH = 256  # frames between two marks of progress of a pass over the images
 SAMPLE = 2 ** 16  # frames that the moments are taken from, however many there are
-PASSING = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)  # machine's trouble
 
 
 # -----------------------------------------------------------------------------------------------
@@ -134,9 +132,9 @@ def check_writable(out):
 # Passes over the images
 
 class Pictures(torch.utils.data.Dataset):
-    """Batch b of the frames numbered `rows`: read(path) of each, stacked; which of them could be
-    read (the others are 0); and None, or the sentence about a disk or machine that fails, with
-    which the run ends."""
+    """Batch b of the frames numbered `rows`: read(path) of each, stacked, and which of them
+    could be read (the others are 0). A machine that fails (data.Transient, a bad shard) is no
+    frame's fault and ends the run, before the batch is marked."""
 
     def __init__(self, frames, rows, read):
         self.frames, self.rows, self.read = frames, rows, read
@@ -145,34 +143,12 @@ class Pictures(torch.utils.data.Dataset):
         pictures = []
         for i in self.rows[b * BATCH:(b + 1) * BATCH]:
             try:
-                pictures.append(patiently(self.read, self.frames.path(i)))
+                pictures.append(self.read(self.frames.path(i)))
             except data.BadImage:
                 pictures.append(None)
-            except (OSError, MemoryError) as error:
-                return None, None, str(error) or "memory is used up"  # raised, it would be a traceback
         readable = torch.tensor([p is not None for p in pictures])
         none = torch.zeros_like(next((p for p in pictures if p is not None), torch.zeros(1)))
-        return torch.stack([none if p is None else p for p in pictures]), readable, None
-
-
-def patiently(read, path, wait=1):
-    """read(path); what may pass (a busy disk, too many open files) is tried three times, a
-    second apart.
-
-    Raises BadImage for an image that is itself at fault, OSError for trouble that stays: to
-    count a healthy frame as unreadable would be remembered by every later run."""
-    for tries in range(3):
-        if tries:
-            time.sleep(wait)
-        try:
-            return read(path)
-        except data.BadImage as error:
-            why = error.__cause__
-            if not isinstance(why, MemoryError) and getattr(why, "errno", None) not in PASSING:
-                raise
-            trouble = error
-    raise OSError(f"{trouble}: tried three times. No frame is at fault: mend the disk or the machine and "
-                  "give the same command again, which goes on from here")
+        return torch.stack([none if p is None else p for p in pictures]), readable
 
 
 def thumbnail(path):
@@ -231,9 +207,7 @@ def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
         generator=torch.Generator())
     hidden = rank() > 0 or not todo
     with tqdm(total=len(todo) * BATCH, unit="frame", desc=desc, disable=hidden) as bar:
-        for b, (pictures, readable, trouble) in zip(todo, loader):
-            if trouble:
-                raise OSError(trouble)
+        for b, (pictures, readable) in zip(todo, loader):
             values = torch.full((len(readable), width), torch.nan)
             if readable.any():
                 values = describe(pictures.to(args.device)).float().cpu()
@@ -349,15 +323,10 @@ def embedder(args):
         words = "fixed polar descriptor, untrained (--checkpoint for a backbone)"
         return words, thumbnail, descriptor, 432, "polar 1"
     model = vit.load_backbone(args.checkpoint, args.device).requires_grad_(False)
-    digest, dtype = hashlib.sha256(), vit.precision(args.device, args.precision)
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"--checkpoint {args.checkpoint}: {name} holds numbers that are not "
-                             "finite; that training has diverged, take an earlier checkpoint")
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    dtype = vit.precision(args.device, args.precision)
     describe = partial(class_token, model=model, dtype=dtype)
     words = f"class token of {args.checkpoint}, {str(dtype).removeprefix('torch.')}"
-    return words, data.eval_image, describe, model.dim, f"{digest.hexdigest()} {dtype}"
+    return words, data.eval_image, describe, model.dim, f"{frozen.digest(model)} {dtype}"
 
 
 class Embeddings:

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from shards import SUFFIXES, BadShard, is_shard, open_file, shard_index, shard_members, stamp, visible  # noqa: F401
+from shards import SUFFIXES, BadShard, Sentence, is_shard, open_file, shard_index, shard_members, stamp, visible  # noqa: F401
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 said = set()
@@ -42,13 +42,6 @@ def say_once(text, about=None):
 MAX_PIXELS = 64_000_000  # larger than any endoscope's frame; decoding it would stall or kill a worker
 TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}  # the machine's faults, not the file's
 ATTEMPTS, PAUSE = 3, 1.0  # seconds between two
-
-
-class Sentence:
-    """An error whose text is its own sentence, also where a loader's worker has wrapped its traceback around it."""
-
-    def __str__(self):
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 class BadImage(Sentence, ValueError):

@@ -21,7 +21,14 @@ def visible(name):
     return not name.startswith(".") and name not in SYSTEM
 
 
-class BadShard(OSError):
+class Sentence:
+    """An error whose text is its own sentence, also where a loader's worker has wrapped its traceback around it."""
+
+    def __str__(self):
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class BadShard(Sentence, OSError):
     """A tar that cannot be relied on. No BadImage: it concerns all of its frames, so the run ends."""
 
 

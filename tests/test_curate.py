@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import clusters
 import curate
 import data
 import synthetic
+import vit
 
 SIZE = 128
 
@@ -257,7 +259,7 @@ def test_one_two_and_three_processes_give_one_manifest_after_kills_in_every_stag
         assert (tmp_path / other / "manifest.csv").read_bytes() == one, other
 
 
-def test_torchrun_starts_several_processes_and_their_error_is_one_sentence(planted, tmp_path):
+def test_torchrun_starts_several_processes(planted, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(20000 + os.getpid() % 20000), curate.__file__, "--workers", "0", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -359,3 +361,195 @@ def test_the_descriptor_does_not_see_a_roll(scenes):
     turned = [image.rotate(90) for image in images]
     a, b, c, d = curate.descriptor(torch.stack([curate.pil_to_tensor(i) for i in images + turned]))
     assert (a - c).norm() < 0.05 * (a - b).norm() and (b - d).norm() < 0.05 * (a - b).norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# k-means at scale
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_labels_of_fast_products_are_those_of_float32(dtype):
+    """Frames between two centres that bfloat16 cannot tell apart, and centres that are equal: of these the first."""
+    rng = np.random.default_rng(0)
+    centres = blobs(300, 40, 64)
+    centres[100:200] = F.normalize(centres[:100] + 1e-3 * torch.from_numpy(rng.standard_normal((100, 64))).float(), dim=1)
+    centres[299] = centres[250]
+    x = torch.cat([blobs(2000, 40, 64, seed=1), centres[[250]], F.normalize(centres[:100] + centres[100:200], dim=1)])
+    labels, cosines, sums = clusters.assign(x, centres, dtype=dtype)
+    products = x.double() @ centres.double().T
+    assert np.array_equal(labels, products.argmax(1)) and labels[2000] == 250
+    assert np.array_equal(labels[:2000], (x @ centres.T).argmax(1)[:2000])
+    assert np.abs(cosines - products.amax(1).numpy()).max() < 1e-7
+    expected = torch.zeros(300, 64, dtype=torch.int64).index_add_(0, torch.from_numpy(labels), (x * 2 ** 24).long())
+    assert torch.equal(sums, expected)
+    rounded = (x.to(dtype) @ centres.to(dtype).T).argmax(1).numpy()
+    assert dtype != torch.bfloat16 or (rounded != labels).sum() > 20  # the products alone would be wrong
+
+
+def test_what_resembles_is_found_whatever_the_products_are_computed_in():
+    x, others = blobs(500), blobs(20, seed=1)
+    cosines = (x.double() @ others.double().T).amax(1)
+    threshold = cosines.sort().values[400].item()
+    assert curate.resembling(x, others, threshold).sum() == 100
+    assert np.array_equal(curate.resembling(x, others, threshold), cosines >= threshold)
+
+
+def test_kmeans_stops_when_no_label_changes(monkeypatch):
+    passes = []
+    real = clusters.assign
+    monkeypatch.setattr(clusters, "assign", lambda *args, **kwargs: passes.append(real(*args, **kwargs)) or passes[-1])
+    x = blobs(40, 4, 8)
+    clusters.lloyd(x, x[:4], 50, tolerance=-1)  # of tolerance -1 it never has enough
+    labels = [labels for labels, _, _ in passes]
+    assert len(labels) < 50 and np.array_equal(labels[-1], labels[-2])
+    assert not any(np.array_equal(a, b) for a, b in zip(labels[:-2], labels[1:-1]))
+
+
+def partition(labels):
+    return {tuple(np.flatnonzero(labels == k)) for k in np.unique(labels)}
+
+
+def test_one_member_for_each_leaf_makes_further_rounds_needless():
+    """What `cluster` leaves out, done: a second and a third round of k-means, which move nothing."""
+    x, k = blobs(150, 8, 16), 60
+    centres, labels, cosines = clusters.kmeans(x, k, seed=5)
+    rounds = [partition(labels)]
+    for r in range(3):
+        near = clusters.nearest(labels, cosines, 1)
+        centres = clusters.kmeans(x[near], k, seed=6 + r)[0]
+        labels, cosines, _ = clusters.assign(x, centres)
+        rounds.append(partition(labels))
+    assert rounds[0] != rounds[1] == rounds[2] == rounds[3]
+    assert partition(clusters.cluster(x, k, 5, 3)["labels"]) == rounds[1]
+    assert partition(clusters.cluster(x, k, 5, 0)["labels"]) == rounds[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks, files and names as they are
+
+def test_damaged_work_files_are_computed_again_and_named(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(curate, "BATCH", 16)
+    run(planted, tmp_path / "whole", "--target", 8)
+    whole = (tmp_path / "whole" / "manifest.csv").read_bytes()
+
+    def damage(pattern, change):
+        path, = [p for p in (tmp_path / "whole" / "work").glob(pattern) if "crc" not in p.name]
+        content = bytearray(path.read_bytes())
+        path.write_bytes(change(content))
+        capsys.readouterr()
+        run(planted, tmp_path / "whole", "--target", 8)
+        assert (tmp_path / "whole" / "manifest.csv").read_bytes() == whole
+        return path.name in capsys.readouterr().out
+
+    def zeros(content):
+        content[-1500:-1000] = bytes(500)
+        return content
+
+    assert damage("quality-*.npy", lambda content: content[:-1500])  # the old code: zeros, so "tissue"
+    assert damage("quality-*.npy", zeros)
+    damage("quality-*.npy", lambda content: b"")
+    assert damage("embeddings-*.npy", zeros)
+    assert damage("duplicates-*.npz", lambda content: content[:-10])
+    assert damage("clusters1-*.npz", zeros)
+    assert damage("clusters1-*.npz", lambda content: b"")
+
+
+def test_a_failing_disk_is_no_bad_frame(planted, tmp_path, monkeypatch):
+    """Six failed opens were six missing frames for ever: now the run ends, nothing is marked, and it goes on."""
+    monkeypatch.setattr(curate, "BATCH", 16)
+    monkeypatch.setattr(data, "PAUSE", 0)
+    run(planted, tmp_path / "whole", "--target", 8)
+    real, failures = data.open_file, []
+
+    def failing(path):
+        if str(path).endswith("03.jpg"):
+            failures.append(path)
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "open_file", failing)
+        with pytest.raises(SystemExit, match="03.jpg: Input/output error"):
+            run(planted, tmp_path / "out", "--target", 8)
+    assert len(failures) == 3
+    run(planted, tmp_path / "out", "--target", 8)
+    assert (tmp_path / "out" / "manifest.csv").read_bytes() == (tmp_path / "whole" / "manifest.csv").read_bytes()
+
+
+def test_an_out_that_cannot_be_written_is_found_before_any_work(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(curate, "fingerprint", lambda *args: pytest.fail("worked before"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--out .*file: cannot be written .*; name another folder"):
+        run(planted, tmp_path / "file")
+    monkeypatch.setattr(curate.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(SystemExit, match="cannot be written .Read-only file system.; name another folder"):
+        run(planted, tmp_path / "out")
+
+
+def test_too_little_room_for_the_embeddings_is_one_sentence(planted, tmp_path, monkeypatch):
+    usage = type(curate.shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(curate.shutil, "disk_usage", lambda path: usage(10 ** 9, 10 ** 9, 2000))
+    with pytest.raises(SystemExit, match="needs 0.0 MB, and the disk has 0.0 MB left; make room"):
+        run(planted, tmp_path / "out")
+
+
+def test_names_that_are_no_utf8_come_through(scenes, tmp_path):
+    folder = tmp_path / os.fsdecode(b"in") / os.fsdecode(b"vid\xe9o")
+    folder.mkdir(parents=True)
+    for i in range(4):
+        scenes[4 * i].save(folder / os.fsdecode(b"\xff%d.jpg" % i))
+    curate.main(["--data", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "0", "--target", "2"])
+    frames = data.Frames(tmp_path / "out" / "manifest.csv")
+    assert len(frames) == 2 and all(data.read_image(frames.path(i)).size == (SIZE, SIZE) for i in range(2))
+
+
+def test_a_checkpoint_without_numbers_is_refused_before_any_work(planted, tmp_path, monkeypatch):
+    model = vit.build_vit("vitt14", image_size=28)
+    model.cls_token.data[:] = torch.nan
+    vit.save_backbone(tmp_path / "nan.pt", model, "vitt14")
+    monkeypatch.setattr(curate, "quality", lambda *args: pytest.fail("worked before"))
+    with pytest.raises(SystemExit, match="nan.pt.*not finite"):
+        run(planted, tmp_path / "out", "--checkpoint", tmp_path / "nan.pt")
+
+
+def test_precision_is_that_of_the_backbone(planted, tmp_path, monkeypatch):
+    model, seen = vit.build_vit("vitt14", image_size=28), []
+    vit.save_backbone(tmp_path / "tiny.pt", model, "vitt14")
+    real = vit.autocast
+    monkeypatch.setattr(vit, "autocast", lambda device, dtype: seen.append(dtype) or real(device, dtype))
+    monkeypatch.setattr(data, "eval_image", lambda path: curate.thumbnail(path).float()[:, :28, :28] / 255)
+    for name in ("fp32", "bf16"):
+        report, rows = run(planted, tmp_path / "out", "--checkpoint", tmp_path / "tiny.pt", "--precision", name)
+        assert rows and set(seen) == {vit.PRECISIONS[name]}
+        seen.clear()
+
+
+def test_the_video_of_an_excluded_frame_goes_with_it_when_asked(scenes, planted, tmp_path, capsys):
+    scenes[3].save(tmp_path / "t.png")
+    flags = ("--target", 100, "--per-video", 100, "--exclude", tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text(str(tmp_path / "t.png") + "\n")
+    _, kept = run(planted, tmp_path / "out", *flags, "--no-exclude-videos")
+    words = capsys.readouterr().out
+    assert "2 frames of 1 videos resemble one of its images; 3 other good frames of these videos are kept" in words
+    _, rows = run(planted, tmp_path / "out", *flags, "--exclude-videos")
+    assert {row["video"] for row in kept} == {f"video{i}" for i in range(4)}
+    assert {row["video"] for row in rows} == {"video0", "video1", "video2"}
+
+
+def test_frames_in_shards_give_the_manifest_of_their_folders(planted, tmp_path):
+    (tmp_path / "packed").mkdir()
+    for video in sorted(planted.iterdir()):
+        with tarfile.open(tmp_path / "packed" / f"{video.name}.tar", "w") as tar:
+            for path in sorted(video.iterdir()):
+                tar.add(path, arcname=path.name)
+    _, plain = run(planted, tmp_path / "plain", "--target", 8)
+    _, packed = run(tmp_path / "packed", tmp_path / "out", "--target", 8)
+    for row in plain:
+        row["path"] = row["path"].replace(os.path.relpath(planted, tmp_path / "plain"), "../packed").replace("/", ".tar/").replace(
+            "...tar/packed.tar/", "../packed/")
+        row["video"] += ".tar"
+    assert plain == packed
+    assert data.read_image(data.Frames(tmp_path / "out" / "manifest.csv").path(0)).size == (SIZE, SIZE)
+    shard = tmp_path / "packed" / "video2.tar"
+    shard.write_bytes(shard.read_bytes()[:-30000])
+    with pytest.raises(SystemExit, match="video2.tar: cut short"):
+        run(tmp_path / "packed", tmp_path / "torn", "--target", 8)

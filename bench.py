@@ -603,59 +603,156 @@ def random_heads(model, size):
 
 @command
 def bench_curate(argv):
-    """frames/s of each stage of curation at two sizes, and the hours that 10 million frames take by the measured growth."""
-    import math
-    import pathlib
+    """Each stage of curation measured where it is cheap; for 10 million frames bytes, FLOP, memory and hours, counted."""
     import tempfile
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    import curate
+    import numpy as np
+
+    parser = argparse.ArgumentParser(prog="bench.py curate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--frames", type=int, nargs="+", default=[2048], help="images of the passes over images (the largest counts)")
+    add("--rows", type=int, default=1_000_000, help="random embeddings of the other stages")
+    add("--target-frames", type=int, default=10_000_000, help="frames that the hours are counted for")
+    add("--checkpoint", help="backbone of the embedding stage; without it the untrained descriptor")
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that read images")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = curate.embedder(SimpleNamespace(checkpoint=args.checkpoint, device=device, precision="auto"))
+    with tempfile.TemporaryDirectory() as folder:
+        rates, size = curate_images(Path(folder), max(args.frames), how, args.workers, device)
+        file = np.lib.format.open_memmap(Path(folder) / "x.npy", "w+", np.float16, (args.rows, how[3]))
+        rng = np.random.default_rng(0)
+        for part in range(0, args.rows, 2 ** 14):
+            some = file[part:part + 2 ** 14]
+            some[:] = rng.standard_normal(some.shape, dtype=np.float32)
+        found, levels = curate_rows(file, device)
+    curate_table(rates | found, levels, size, how, args)
+    peak = f"{resident('VmHWM') / 1e9:.2f} GB" if os.path.exists("/proc/self/status") else "not measured"
+    print(f"\nPeak resident memory of this process at {args.rows} rows, the pages of the mapped file among it: {peak}.")
+
+
+def curate_images(folder, n, how, workers, device):
+    """({stage: frames/s} of the two passes over n images of 640x512, bytes of an image)."""
     from types import SimpleNamespace
 
     import curate
     import numpy as np
     from PIL import Image
 
-    parser = argparse.ArgumentParser(prog="bench.py curate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--frames", type=int, nargs=2, default=[1500, 4500], help="the two sizes; below 1500 k-means has several starts")
-    parser.add_argument("--checkpoint", help="backbone of the embedding stage; without it the untrained descriptor")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that read images")
-    args = parser.parse_args(argv)
-    device, times, rng = "cuda" if torch.cuda.is_available() else "cpu", {}, np.random.default_rng(0)
-    how = curate.embedder(SimpleNamespace(checkpoint=args.checkpoint, device=device))
-    run_args = SimpleNamespace(workers=args.workers, device=device)
+    rng, how_run = np.random.default_rng(0), SimpleNamespace(workers=workers, device=device)
+    for i in range(16):  # smooth: their decoding costs what a frame's does
+        small = Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8))
+        small.resize((640, 512), Image.BICUBIC).save(folder / f"{i}.jpg")
+    size = sum(os.path.getsize(folder / f"{i}.jpg") for i in range(16)) / 16
+    passes = {"quality": (curate.thumbnail, len(curate.QUALITY), np.float32, curate.quality),
+              "embeddings": (how[1], how[3], np.float16, how[2])}
+    rates = {}
+    for m in (curate.BATCH, n):  # the first warms up
+        frames = curate.Listed(str(folder / f"{i % 16}.jpg") for i in range(m))
+        for name, (read, width, dtype, describe) in passes.items():
+            start = time.perf_counter()
+            curate.over_images(folder / f"{name}{m}.npy", frames, np.arange(m), read, width, dtype, describe, how_run, name)
+            rates[name] = m / (time.perf_counter() - start)
+    return rates, size
 
-    def timed(name, fn):
+
+def curate_rows(file, device):
+    """({stage: rows, passes or centres per second}, clusters of each level) of the stages that see embeddings (n, D)."""
+    import clusters
+    import curate
+    import numpy as np
+
+    n, rng, rates = len(file), np.random.default_rng(0), {}
+    assert not np.isnan(file[:, 0]).any()  # as curate.py looks for unreadable frames: every page is mapped
+    moments = curate.moments_of(file, 0)
+    x = curate.Embeddings(file, np.arange(n), moments, device)
+    some = lambda m: curate.Embeddings(file, np.arange(min(m, n)), moments, device)
+
+    def rate(name, count, fn):
         synchronize()
         start = time.perf_counter()
         result = fn()
         synchronize()
-        times.setdefault(name, []).append(time.perf_counter() - start)
+        rates[name] = count / (time.perf_counter() - start)
         return result
 
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        for i in range(16):  # smooth 512 px frames: their decoding costs what a frame's does
-            Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).resize((640, 512), Image.BICUBIC).save(folder / f"{i}.jpg")
-        for n in (512, *args.frames):  # the first warms up
-            frames = curate.Listed(str(folder / f"{i % 16}.jpg") for i in range(n))
-            rows, video = np.arange(n), np.arange(n) // 200
-            timed("quality", lambda: curate.over_images(folder / f"q{n}.npy", frames, rows, curate.thumbnail, len(curate.QUALITY), np.float32,
-                                                        curate.quality, run_args, "quality"))
-            timed("embeddings", lambda: curate.over_images(folder / f"e{n}.npy", frames, rows, how[1], how[3], np.float16, how[2], run_args,
-                                                           "embeddings"))
-            file = np.lib.format.open_memmap(folder / f"x{n}.npy", "w+", np.float16, (n, how[3]))
-            file[:] = rng.standard_normal((n, how[3]), dtype=np.float32)
-            x = curate.Embeddings(file, rows, curate.moments_of(file, 0), device)
-            timed("near-duplicates", lambda: curate.duplicates(x, video, np.ones(n), 0.95))
-            tree = timed("hierarchical k-means", lambda: curate.hierarchy(x, curate.default_levels(n), 0, 3, lambda name, fn: fn()))
-            timed("sampling", lambda: curate.balanced_sample(tree, rows, n // 4, rng))
-    small, large = args.frames
-    table_rows = []
-    for name, (_, a, b) in times.items():
-        growth = math.log(b / a) / math.log(large / small)
-        table_rows.append([name, f"{small / a:.0f}", f"{large / b:.0f}", f"n^{growth:.2f}", f"{b * (1e7 / large) ** growth / 3600:.1f}"])
-    table(f"Curation, {how[0]}, {args.workers} workers, one run of each",
-          ["stage", f"frames/s at {small}", f"frames/s at {large}", "growth of the time", "hours for 10 million by that growth"], table_rows)
-    print("\nOne run on whatever else the machine does. k-means compares every frame with every leaf: its growth nears n^2 up to 200,000 frames,"
-          " where the leaves stop at 100,000, and is n beyond. From small sizes its last cell says too little: measure near your own.")
+    few = some(100_000)  # the work per row does not depend on their number: 32 cosines, 1,000, k
+    rate("near-duplicates", len(few), lambda: curate.duplicates(few, np.arange(len(few)) // 77, np.ones(len(few)), 0.95))
+    rate("--exclude of 1,000 images", len(few), lambda: curate.resembling(few, x[:1000], 0.85))
+    levels = curate.default_levels(n)
+    k = levels[0]
+    seeds = clusters.gather(x, np.sort(rng.choice(n, min(n, max(clusters.SAMPLE, 4 * k)), replace=False)))
+    u = 2 + int(np.log(k))  # candidates for each centre
+    rate("first centres", 20, lambda: clusters.first_centres(seeds, 20, Candidates(u)))
+    centres = seeds[:k].clone()
+    del seeds
+    slice_ = some(20 * (clusters.CHUNK // k))
+    rate("k-means pass", len(slice_), lambda: clusters.assign(slice_, centres))
+    labels = rng.integers(k, size=n)
+    rate("resampling", n, lambda: clusters.nearest(labels, rng.random(n, dtype=np.float32), max(1, n // (2 * k))))
+    tree = [labels] + [rng.integers(b, size=a) for a, b in zip(levels, levels[1:])]
+    rate("sampling", n, lambda: clusters.balanced_sample(
+        tree, clusters.capped(np.arange(n) // 77, labels, 40, rng), n // 4, rng))
+    return rates, levels
+
+
+class Candidates:
+    """A generator for first_centres that draws the candidates of a larger number of centres."""
+
+    def __init__(self, n):
+        import numpy as np
+        self.n, self.rng = n, np.random.default_rng(0)
+
+    def random(self, n):
+        return self.rng.random(self.n if n > 1 else 1)
+
+
+GPU = dict(name="H100 SXM", flops=989e12, bandwidth=3.35e12)  # its data sheet: dense bf16, HBM3
+
+
+def curate_table(rates, levels, size, how, args):
+    """Print rates as measured, and what they and counting say about --target-frames."""
+    import clusters
+    import curate
+
+    n, D = args.target_frames, how[3]
+    k, rounds, steps = curate.default_levels(n)[0], 3, 50
+    seeds, tries = min(n, max(clusters.SAMPLE, 4 * k)), 2 + int(math.log(k))
+    near = k * max(1, n // (2 * k))  # rows that a round of resampling clusters
+    most = steps + (rounds * (steps * near / n + 1) if near > k else 1)  # passes over all rows
+    scale = k / levels[0]  # a pass at the clusters of --target-frames, from one at those of --rows
+    file, GB = n * D * 2, 1e9
+    rows = [  # name, bytes read, FLOP, memory, seconds here, seconds on a GPU or None
+        ("quality", n * size, None, None, n / rates["quality"], None),
+        ("embeddings", n * size, None, None, n / rates["embeddings"], None),
+        ("near-duplicates", file, 2 * n * 32 * D, None, n / rates["near-duplicates"], None),
+        ("--exclude of 1,000 images", file, 2 * n * 1000 * D, None, n / rates["--exclude of 1,000 images"], None),
+        ("leaves: first centres, once", file * seeds / n, 2 * k * seeds * tries * D, seeds * D * 4,
+         k / rates["first centres"] * scale, k * seeds * D * 4 / GPU["bandwidth"]),
+        ("leaves: one pass of k-means", file, 2 * n * k * D, k * D * (8 + 4 + 4 + 2) + clusters.CHUNK * 4,
+         n / rates["k-means pass"] * scale, max(2 * n * k * D / GPU["flops"], 6 * n * k / GPU["bandwidth"])),
+        ("sampling", None, None, n * 8 * 4, n / rates["sampling"], None)]
+    first, one = rows[4], rows[5]
+    starts = 1 + rounds * (near > k)
+    rows.insert(6, (f"leaves in all: at most {most:.0f} passes, {starts} x first centres", most * file,
+                    *(None if a is None else starts * a + most * b for a, b in zip(first[2:3], one[2:3])), one[3],
+                    *(starts * a + most * b for a, b in zip(first[4:], one[4:]))))
+    cell = lambda value, unit, digits=0: "" if value is None else f"{value / unit:,.{digits}f}"
+    table(f"Curation of {n:,} frames, {how[0]} ({D} numbers), {args.workers} workers; rates measured here once, "
+          f"at {max(args.frames)} images of {size / 1e3:.0f} kB and {args.rows:,} random embeddings",
+          ["stage", "GB read", "TFLOP", "GB of memory", "hours here", f"hours on one {GPU['name']}, counted"],
+          [[name, cell(read, GB), cell(flop, 1e12), cell(memory, GB, 2), cell(here, 3600, 2), cell(gpu, 3600, 2)]
+           for name, read, flop, memory, here, gpu in rows])
+    table("Measured", ["stage", "per second"], [[name, f"{rate:,.1f}"] for name, rate in rates.items()])
+    print(f"\nEvery stage but k-means does the same work for each frame, whatever their number: hours here = frames / rate. A pass of "
+          f"k-means compares every frame with {k:,} leaves; how many passes it takes until the inertia falls by less than 1e-4 depends "
+          f"on the data, so the most is given: {steps} for the leaves and for each of {rounds} rounds of resampling. The levels above "
+          "cluster the leaves' centres: a hundredth of it. On the GPU, counted from its data sheet, nothing measured: the larger of "
+          "FLOP at its peak and bytes of the products (written once, read twice) or of the seeds at its bandwidth, a floor; "
+          "the passes over images stay on the CPU's cores.")
 
 
 def main(argv=None):

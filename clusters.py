@@ -10,6 +10,8 @@ the rows of a file that no memory holds. Under torch.distributed every process c
 functions with the same arguments: each takes whole chunks of the rows, and all get the result,
 bit for bit that of one.
 """
+import zipfile
+import zlib
 from functools import partial
 
 import numpy as np
@@ -21,6 +23,7 @@ from tqdm import tqdm
 import vit
 
 CHUNK = 2 ** 26  # numbers of the largest intermediate on the device
+LONG = 2 ** 32  # products of a pass from which k-means keeps what it has found so far
 SAMPLE = 2 ** 16  # rows that the first centres are taken from, however many there are
 
 
@@ -60,6 +63,19 @@ def add_up(array):
         dist.all_reduce(host)
         tensor.copy_(host)
     return array
+
+
+def left_by_earlier_run(path):
+    """The arrays of an .npz file; None without one, or for one that is not whole: zip files
+    carry checksums."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except FileNotFoundError:
+        return None
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError):
+        print(f"{path}: damaged, so it is computed again")
+        return None
 
 
 # -----------------------------------------------------------------------------------------------
@@ -110,14 +126,14 @@ class Columns:
         meant; these are computed again in float64. With x = x' + dx, c = c' + dc for the rounded
         x', c':
             |x.c - x'.c'| = |dx.c' + x.dc| <= |dx| |c'| + |x| |dc|
-        and to that comes the rounding of the product and its sum over D float32 terms. """
+        and to that comes the rounding of the product and its sum over D float32 terms."""
         fast, eps, D = rows.to(self.dtype), torch.finfo(self.dtype).eps, rows.shape[1]
         products = fast @ self.fast.T                                       # (b, k)
         dx, dc = (fast.float() - rows).norm(dim=1), self.error
-        off = 1.001 * (dx * (1 + dc) + dc) + eps + D * 2 ** -23             # (b,), 1.001: |x| is about 1
+        off = 1.001 * (dx * (1 + dc) + dc) + eps + D * 2 ** -23     # (b,), 1.001: |x| is about 1
         floor = products.amax(1).float() - 2 * off if least is None else least - off
-        floor = (floor - eps).to(self.dtype)                                # eps: rounded down for sure
-        row, column = (products >= floor[:, None]).nonzero().T              # (m,), rows ascending
+        floor = (floor - eps).to(self.dtype)                         # eps: rounded down for sure
+        row, column = (products >= floor[:, None]).nonzero().T             # (m,), rows ascending
         cosines, size = row.new_empty(len(row), dtype=torch.float64), max(1, CHUNK // 8 // D)
         for part in chunks(len(row), CHUNK // size):
             cosines[part] = (rows[row[part]].double() * self.x[column[part]].double()).sum(1)
@@ -133,7 +149,7 @@ def assign(x, centres, sums=True, dtype=None, bar=False):
     products are computed in; of equals the first.
 
     Sums are taken in fixed point: integers add up to the same in any order, so that neither a
-    GPU's atomic additions nor the number of processes change a bit. """
+    GPU's atomic additions nor the number of processes change a bit."""
     labels, cosines = np.zeros(len(x), np.int64), np.zeros(len(x), np.float32)
     total = torch.zeros(centres.shape, dtype=torch.int64, device=centres.device)
     columns = Columns(centres, dtype)
@@ -168,7 +184,7 @@ def first_centres(x, k, rng, bar=False):
     return x[torch.stack(chosen)]
 
 
-def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
+def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False, so_far=None):
     """Spherical k-means of n unit vectors (anything with len and x[slice or array] -> (b, D)):
     centres (k, D), labels, cosines (n,).
 
@@ -176,29 +192,38 @@ def kmeans(x, k, seed=0, steps=50, tolerance=1e-4, bar=False):
     then Lloyd over all of them, chunk by chunk, until no label changes or the inertia, the mean
     of 1 - cosine, falls by less than `tolerance` of itself. An empty cluster restarts at the row
     that its centre fits worst. Small data gets several starts, the best of which is returned.
-    ValueError if k is not in 1..n. """
+    so_far: path of a file that holds the centres before each pass of a
+    long k-means, which goes on from there. ValueError if k is not in 1..n."""
     if not 1 <= k <= len(x):
         raise ValueError(f"{k} clusters asked of {len(x)} frames: --clusters must lie between 1 and "
                          "the number of frames")
     rng, best = np.random.default_rng(seed), None
     bar = bar and rank() == 0
-    for _ in range(min(10, max(1, 2 ** 20 // (k * len(x))))):
+    starts = min(10, max(1, 2 ** 20 // (k * len(x))))
+    so_far = so_far if starts == 1 and k * len(x) >= LONG else None
+    for _ in range(starts):
         some = np.sort(rng.choice(len(x), min(len(x), max(SAMPLE, 4 * k)), replace=False))
-        seeded = first_decides(lambda: (first_centres(gather(x, some), k, rng, bar).cpu(), rng))
-        centres, rng = seeded[0].to(x[:1].device), seeded[1]
-        centres, labels, cosines = lloyd(x, centres, steps, tolerance, bar)
+        known = first_decides(lambda: left_by_earlier_run(so_far)) if so_far else None
+        if known is None:
+            seeded = first_decides(lambda: (first_centres(gather(x, some), k, rng, bar).cpu(), rng))
+            rng, known = seeded[1], {"centres": seeded[0], "step": 0, "inertia": np.inf}
+        known["centres"] = torch.as_tensor(known["centres"]).to(x[:1].device)
+        centres, labels, cosines = lloyd(x, **known, steps=steps, tolerance=tolerance, bar=bar,
+                                         so_far=so_far)
         inertia = 1 - cosines.mean(dtype=np.float64)
         if best is None or inertia < best[0]:
             best = inertia, centres, labels, cosines
     return best[1:]
 
 
-def lloyd(x, centres, steps, tolerance, bar=False):
-    """Centres (k, D), labels and cosines (n,) after at most `steps` passes of k-means over x
-    from these centres."""
-    before, old = np.inf, None
-    k = len(centres)
-    for step in tqdm(range(steps), desc=f"k-means, k = {k}", disable=not bar, delay=5):
+def lloyd(x, centres, step=0, inertia=np.inf, steps=50, tolerance=1e-4, bar=False, so_far=None):
+    """Centres (k, D), labels and cosines (n,) after at most `steps` passes of k-means over x, of which
+    `step` have been made and ended in these centres and this inertia."""
+    before, old, k = inertia, None, len(centres)
+    for step in tqdm(range(step, steps), desc=f"k-means, k = {k}", disable=not bar, delay=5):
+        if so_far and rank() == 0:
+            with vit.replacing(so_far) as temporary:
+                np.savez(temporary, centres=centres.cpu(), step=step, inertia=before)
         labels, cosines, sums = assign(x, centres, bar=bar)
         inertia = 1 - cosines.mean(dtype=np.float64)
         settled = inertia >= (1 - tolerance) * before or np.array_equal(labels, old)
@@ -218,7 +243,7 @@ def nearest(labels, cosines, per):
     return np.sort(order[np.arange(len(order)) - starts < per])
 
 
-def cluster(x, k, seed, rounds):
+def cluster(x, k, seed, rounds, part=lambda r: None):
     """{"centres": (k, D), "labels": (n,)} of k-means of x, then of `rounds` of
     resampling-clustering (Vo et al. 2024, section 3.3): the members nearest to the centres,
     alike many from each cluster, are clustered in their place, so the centres spread over what
@@ -226,8 +251,8 @@ def cluster(x, k, seed, rounds):
 
     With fewer than four rows to a cluster one member stands for each: it is the centre of the
     next round, nearest to itself, and further rounds would change nothing, so there is one round
-    without k-means. """
-    centres, labels, cosines = kmeans(x, k, seed, bar=True)
+    without k-means."""
+    centres, labels, cosines = kmeans(x, k, seed, bar=True, so_far=part(0))
     per = max(1, len(x) // (2 * k))
     for r in range(min(rounds, 1) if per == 1 else rounds):
         near = nearest(labels, cosines, per)
@@ -236,17 +261,19 @@ def cluster(x, k, seed, rounds):
         if per == 1:
             centres = gather(x, near)
         else:
-            centres = kmeans(torch.utils.data.Subset(x, near), k, seed + r + 1, bar=True)[0]
+            few = torch.utils.data.Subset(x, near)
+            centres = kmeans(few, k, seed + r + 1, bar=True, so_far=part(r + 1))[0]
         labels, cosines, _ = assign(x, centres, sums=False)
     return {"centres": centres.cpu().numpy(), "labels": labels}
 
 
-def hierarchy(x, sizes, seed, rounds, save):
+def hierarchy(x, sizes, seed, rounds, save, file=lambda name: None):
     """Levels of k-means, each on the centres of the one below (Vo et al. 2024, section 3.2): for
     each level the label of every item of the level below, (n,), (sizes[0],), (sizes[1],), ...
 
-    x: unit vectors; sizes: clusters from the leaves up; save(name, compute) keeps the result of
-    a level. Eight frames of which six show one thing (a) and two another (b), sizes [4, 2]:
+    x: unit vectors; sizes: clusters from the leaves up; save(name, compute) keeps the result of a
+    level, file(name) is a path for what a long k-means has found so far. Eight frames of which six
+    show one thing (a) and two another (b), sizes [4, 2]:
 
         top                0              1         tree[1] = [0, 0, 0, 1]
                         /  |  \\           |
@@ -258,7 +285,11 @@ def hierarchy(x, sizes, seed, rounds, save):
     """
     tree = []
     for level, k in enumerate(sizes):
-        found = save(f"clusters{level + 1}", partial(cluster, x, k, seed + level, rounds))
+        part = [file(f"part{level + 1}.{r}") for r in range(rounds + 1)]
+        compute = partial(cluster, x, k, seed + level, rounds, part.__getitem__)
+        found = save(f"clusters{level + 1}", compute)
+        for path in filter(None, part if rank() == 0 else ()):
+            path.unlink(missing_ok=True)  # the level is kept
         tree.append(found["labels"])
         x = torch.from_numpy(found["centres"]).to(x.device)
     return tree
@@ -270,8 +301,8 @@ def equal_shares(n, sizes, rng):
     rng places what does not divide."""
     order = np.argsort(sizes, kind="stable")
     rising, left = sizes[order], np.arange(len(sizes), 0, -1)
-    below = np.cumsum(rising) - rising                                      # what the smaller ones hold
-    first = np.searchsorted(below + rising * left, n)                       # the smallest not emptied
+    below = np.cumsum(rising) - rising                               # what the smaller ones hold
+    first = np.searchsorted(below + rising * left, n)                  # the smallest not emptied
     if first == len(sizes):
         return sizes.copy()
     share, rest = divmod(int(n - below[first]), int(left[first]))
@@ -289,7 +320,7 @@ def members(labels, k):
 def sizes_of(tree, rows):
     """Frames under each cluster, level by level from the leaves up, counting only those at
     `rows`."""
-    counts = [len(level) for level in tree[1:]] + [tree[-1].max() + 1]      # clusters of each level
+    counts = [len(level) for level in tree[1:]] + [tree[-1].max() + 1]   # clusters of each level
     sizes = [np.bincount(tree[0][rows], minlength=counts[0])]
     for labels, k in zip(tree[1:], counts[1:]):
         sizes.append(np.bincount(labels, sizes[-1], k).astype(np.int64))

@@ -28,7 +28,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import zipfile
 import zlib
 from functools import partial
 
@@ -46,7 +45,7 @@ import frozen
 import synthetic
 import vit
 from clusters import (Columns, add_up, balanced_sample, capped, chunks, first_decides, hierarchy,
-                      rank, shares, sizes_of, width_of, world)
+                      left_by_earlier_run, rank, shares, sizes_of, width_of, world)
 
 # score: (allowed range, what lies outside it). A frame is counted under the first that it fails.
 QUALITY = {
@@ -89,19 +88,6 @@ def stage(work, name, inputs, compute):
             with vit.replacing(path) as temporary:
                 np.savez(temporary, **arrays)
     return arrays
-
-
-def left_by_earlier_run(path):
-    """The arrays of an .npz file; None without one, or for one that is not whole: zip files
-    carry checksums."""
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except FileNotFoundError:
-        return None
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError):
-        print(f"{path}: damaged, so it is computed again")
-        return None
 
 
 def fingerprint(frames, bar):
@@ -192,7 +178,7 @@ def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
 
     A second file holds a checksum of every batch that is on disk: a killed pass loses one batch
     per process, any number of processes can go on with it, and a batch that the disk has damaged
-    is computed again. """
+    is computed again."""
     n_batches = -(-len(rows) // BATCH)
     out = open_table(path, (len(rows), width), np.dtype(dtype), 0)
     sums = open_table(path.with_suffix(".crc.npy"), (n_batches,), np.dtype(np.int64), -1)  # -1: to do
@@ -240,7 +226,7 @@ def quality(images):
     SIDE, which the thresholds are made for.
 
     The field of view is what is not black, less a rim of two pixels, so that neither its border
-    nor thin text looks sharp. """
+    nor thin text looks sharp."""
     x = images.float() / 255
     y = luma(x)                                                             # (b, 1, H, W)
     lit = F.avg_pool2d((y > 0.06).float(), 5, 1, 2)                         # share of 5x5 pixels
@@ -284,7 +270,7 @@ def descriptor(images, rings=8, angles=16):
 
     Needs no training. An endoscope rolls about its axis, which shifts these maps along the
     angle; the magnitudes of the Fourier coefficients along it, which are what is returned, do
-    not see a shift. Our own, for first runs: a trained backbone sees more. """
+    not see a shift. Our own, for first runs: a trained backbone sees more."""
     x = images.float() / 255
     y = luma(x)
     c = torch.linspace(-1, 1, SIDE - 2, device=x.device)
@@ -334,7 +320,7 @@ class Embeddings:
     standardised by the moments, then normalised.
 
     x[slice or array] -> (b, D) float32. Without the standardisation the mean of all frames would
-    dominate the cosines. """
+    dominate the cosines."""
 
     def __init__(self, file, rows, moments, device):
         self.file, self.rows, self.device = file, rows, device
@@ -370,7 +356,7 @@ def duplicates(x, video, sharp, threshold, window=32):
     x: unit vectors, n rows in time order within each video; video, sharp: (n,). A frame is
     compared with the frames that began the last `window` groups of its video, and begins a group
     when no cosine reaches the threshold: a slow sweep is thinned, not swallowed. Every process
-    takes whole videos. """
+    takes whole videos."""
     drop, current = np.zeros(len(x), np.uint8), None
     order = np.argsort(video, kind="stable")
     begins = np.append(np.flatnonzero(np.diff(video[order], prepend=-1)), len(x))
@@ -573,8 +559,10 @@ def curate(args):
     if not len(rows):
         raise ValueError(f"{frames.root}: no frame is left after the filters and --exclude")
     levels = args.clusters or default_levels(len(x))
-    tree = hierarchy(x, levels, args.seed, args.resample, lambda name, compute: stage(
-        work, name, (key, levels, args.seed, args.resample), compute))
+    inputs = key, levels, args.seed, args.resample
+    tree = hierarchy(x, levels, args.seed, args.resample,
+                     lambda name, compute: stage(work, name, inputs, compute),
+                     lambda name: work / f"{name}-{key_of(*inputs)}.npz")
     if rank():
         return None
     rng, target = np.random.default_rng(args.seed), args.target or max(1, len(x) // 4)

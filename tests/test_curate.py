@@ -398,10 +398,35 @@ def test_kmeans_stops_when_no_label_changes(monkeypatch):
     real = clusters.assign
     monkeypatch.setattr(clusters, "assign", lambda *args, **kwargs: passes.append(real(*args, **kwargs)) or passes[-1])
     x = blobs(40, 4, 8)
-    clusters.lloyd(x, x[:4], 50, tolerance=-1)  # of tolerance -1 it never has enough
+    clusters.lloyd(x, x[:4], tolerance=-1)  # of tolerance -1 it never has enough
     labels = [labels for labels, _, _ in passes]
     assert len(labels) < 50 and np.array_equal(labels[-1], labels[-2])
     assert not any(np.array_equal(a, b) for a, b in zip(labels[:-2], labels[1:-1]))
+
+
+@pytest.mark.parametrize("leaves", (700, 1450))  # with and without k-means in its rounds of resampling
+def test_a_long_kmeans_goes_on_from_its_last_pass(tmp_path, monkeypatch, leaves):
+    """Killed in one pass of five, of the resampling too, it ends as if it had never been."""
+    x, save, rng = blobs(2900, 30, 8), lambda name, compute: compute(), np.random.default_rng(0)
+    whole, = clusters.hierarchy(x, [leaves], 0, 2, save)
+    monkeypatch.setattr(clusters, "LONG", 0)
+    seeded, real, killed = [], {name: getattr(clusters, name) for name in ("assign", "first_centres")}, 0
+
+    def dies(*args, **kwargs):
+        if rng.random() < 0.2:
+            raise KeyboardInterrupt
+        return real["assign"](*args, **kwargs)
+
+    monkeypatch.setattr(clusters, "assign", dies)
+    monkeypatch.setattr(clusters, "first_centres", lambda *args: seeded.append(1) or real["first_centres"](*args))
+    while True:
+        try:
+            tree, = clusters.hierarchy(x, [leaves], 0, 2, save, lambda name: tmp_path / f"{name}.npz")
+            break
+        except KeyboardInterrupt:
+            killed += 1
+    assert killed > 1 and len(seeded) == (3 if leaves == 700 else 1)
+    assert np.array_equal(tree, whole) and not list(tmp_path.iterdir())
 
 
 def partition(labels):

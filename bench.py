@@ -3,8 +3,8 @@
     python bench.py model            images/s and FLOP/s of each architecture
     python bench.py --help           the other sub-commands
 
-Candidates of one table run in turn (A B A B ...) in one process; the median is printed, so a ratio holds when the
-machine's speed drifts. Peak memory is what a call needs beyond what was already held.
+Candidates of one table run in turn (A B A B ...) in one process; the median is printed, so a ratio
+holds when the machine's speed drifts. Peak memory is what a call needs beyond what was held before.
 """
 import argparse
 import contextlib
@@ -48,6 +48,11 @@ def command(fn):
     return fn
 
 
+def short(dtype):
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def flags_of(name, **how):
     """The parser of one sub-command."""
     return argparse.ArgumentParser(prog=f"bench.py {name}", **dict(
@@ -60,19 +65,20 @@ def bench_model(argv):
     cuda = torch.cuda.is_available()
     parser = flags_of("model")
     flag = parser.add_argument
-    flag("--archs", nargs="+", choices=list(vit.ARCHS), metavar="ARCH", help="architectures",
-         default=["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14", "vitb14"])
+    archs = ["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14", "vitb14"]
+    flag("--archs", nargs="+", choices=vit.ARCHS, metavar="ARCH", help="architectures", default=archs)
     flag("--batch", type=int, default=64 if cuda else 4,
          help="images of 224 px; the multi-crop batch holds as many frames")
     flag("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
-    flag("--precision", choices=("auto", *vit.PRECISIONS), default="auto", help="number type of the products")
+    flag("--precision", choices=("auto", *vit.PRECISIONS), default="auto",
+         help="number type of the products")
     args = parser.parse_args(argv)
-    dtype = vit.precision("cuda" if cuda else "cpu", args.precision)
-    rows, pack_rows = zip(*(model_rows(arch, args.batch, args.runs, dtype) for arch in args.archs))
-    table(f"Backbone at 224 px, batch {args.batch}, {str(dtype)[6:]}",
-          ["architecture", "forward images/s", "TFLOP/s", "forward + backward images/s", "TFLOP/s"], rows)
-    table(f"2 x 224 px and 8 x 98 px crops of {args.batch} frames, forward + backward, {str(dtype)[6:]}",
-          ["architecture", "packed ms", "separate ms", "packed / separate"], pack_rows)
+    B, dtype = args.batch, vit.precision("cuda" if cuda else "cpu", args.precision)
+    rows, packs = zip(*(model_rows(arch, B, args.runs, dtype) for arch in args.archs))
+    header = ["forward images/s", "TFLOP/s", "forward + backward images/s", "TFLOP/s"]
+    table(f"Backbone at 224 px, batch {B}, {short(dtype)}", ["architecture", *header], rows)
+    table(f"2 x 224 px and 8 x 98 px crops of {B} frames, forward + backward, {short(dtype)}",
+          ["architecture", "packed ms", "separate ms", "packed / separate"], packs)
 
 
 def model_rows(arch, B, runs, dtype):
@@ -97,15 +103,15 @@ def model_rows(arch, B, runs, dtype):
 
     with FlopCounterMode(display=False) as counter, countable(device):
         both()
-    flops = counter.get_total_flops()                    # forward and backward; the forward is a third of it
+    flops = counter.get_total_flops()                    # the forward pass is a third of it
     t = seconds({"f": forward, "fb": both}, runs)
     row = [arch, f"{B / t['f']:.1f}", f"{flops / 3 / t['f'] / 1e12:.3f}",
            f"{B / t['fb']:.1f}", f"{flops / t['fb'] / 1e12:.3f}"]
 
     t = seconds({"packed": lambda: train(lambda: model.forward_packed(crops, [None, None])),
                  "separate": lambda: train(lambda: [model(c) for c in crops])}, runs)
-    packed = [arch, f"{t['packed'] * 1e3:.0f}", f"{t['separate'] * 1e3:.0f}", f"{t['packed'] / t['separate']:.3f}"]
-    return row, packed
+    p, s = t.values()
+    return row, [arch, f"{p * 1e3:.0f}", f"{s * 1e3:.0f}", f"{p / s:.3f}"]
 
 
 @command
@@ -128,12 +134,12 @@ def bench_sinkhorn(argv):
 
 @command
 def bench_input(argv):
-    """Frames/s of one core through the multi-crop: PIL crop by crop, ours on the CPU, ours without the device's half."""
+    """frames/s of one core through the multi-crop: PIL's crop by crop, and ours."""
     parser = flags_of("input")
     flag = parser.add_argument
     flag("--frames", type=int, default=16, help="JPEG frames of each size")
     flag("--runs", type=int, default=7, help="timed passes over the frames of each candidate")
-    flag("--rate", type=int, default=700, help="images/s that a GPU takes, such as one that trains ViT-B")
+    flag("--rate", type=int, default=700, help="images/s of the GPU to feed, one that trains ViT-B")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)                             # as in a loader's worker
     rows, errors = [], []
@@ -144,50 +150,59 @@ def bench_input(argv):
             t = input_seconds(multicrop, args.runs)
             errors.append([f"{height}x{width}", *reduced_error(multicrop)])
         slowest = next(iter(t.values()))
+        frame = f"{height}x{width}, {size / 1e3:.0f} kB"
         for name, s in t.items():
-            rows.append([f"{height}x{width}, {size / 1e3:.0f} kB", name, f"{args.frames / s:.1f}",
-                         f"{slowest / s:.2f}", math.ceil(args.rate * s / args.frames)])
-    table(f"Multi-crop input, 2 x 224 px and 8 x 98 px of a JPEG frame, seconds of one core, medians of {args.runs} "
-          f"alternating passes over {args.frames} frames",
-          ["frame", "pipeline", "frames/s per core", "times PIL", f"cores for {args.rate} images/s"], rows)
-    table("Crops of reduced decoding against the same crops of the whole frame, absolute difference in grey levels",
+            rows.append([frame, name, f"{args.frames / s:.1f}", f"{slowest / s:.2f}",
+                         math.ceil(args.rate * s / args.frames)])
+    cores = f"cores for {args.rate} images/s"
+    table("Multi-crop input, 2 x 224 px and 8 x 98 px of a JPEG frame, seconds of one core, "
+          f"medians of {args.runs} alternating passes over {args.frames} frames",
+          ["frame", "pipeline", "frames/s per core", "times PIL", cores], rows)
+    table("Crops of reduced decoding less the same crops of the whole frame, in grey levels",
           ["frame", "frames reduced by", "mean", "99 %", "99.9 %", "largest"], errors)
 
 
 def write_frames(folder, n, height, width):
     """n synthetic frames as JPEG files of that size; returns their mean bytes."""
-    kinds = ("colon", "cecum", "z-line", "retroflex-stomach", "mayo-0", "mayo-2", "mayo-3", "pylorus")
+    kinds = "colon cecum z-line retroflex-stomach mayo-0 mayo-2 mayo-3 pylorus".split()
     for i in range(n):
-        job = dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None], masks=None, video=False,
-                   size=256)
+        job = dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None], masks=None,
+                   video=False, size=256)
         small = Image.fromarray(next(synthetic.frames_of(job))[0])
         frame = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
         # a sensor's noise: as many bytes to decode as real frames have
         frame = frame + augment.stream(0, 0, i).normal(0, 3, frame.shape)
-        Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(f"{folder}/{i:03d}.jpg", quality=90)
+        frame = Image.fromarray(frame.clip(0, 255).astype(np.uint8))
+        frame.save(f"{folder}/{i:03d}.jpg", quality=90)
     return sum(path.stat().st_size for path in pathlib.Path(folder).iterdir()) / n
 
 
 def input_seconds(ours, runs):
-    """{pipeline: seconds of this core for all of the multi-crop's frames}, whatever else the machine does."""
+    """{pipeline: seconds of this core for all of the multi-crop's frames}, whatever else runs here."""
     frames, n = ours.frames, len(ours.frames)
     keys, masks = [(0, i, 0, i) for i in range(n)], augment.BlockMasks((16, 16), n)
     exact, classical = augment.MultiCrop(frames, exact_decode=True), pil_multicrop()
+
+    def cropped(multicrop):
+        return augment.collate(multicrop[keys], masks)
+
     return seconds({
-        "PIL, one crop at a time (torchvision transforms)": lambda: [classical(frames.path(i)) for i in range(n)],
-        "ours, both halves on the CPU": lambda: augment.augment(augment.collate(ours[keys], masks), "cpu"),
-        "ours, CPU half": lambda: augment.collate(ours[keys], masks),
-        "ours, CPU half, --exact-decode": lambda: augment.collate(exact[keys], masks),
+        "PIL, one crop at a time (torchvision transforms)":
+            lambda: [classical(frames.path(i)) for i in range(n)],
+        "ours, both halves on the CPU": lambda: augment.augment(cropped(ours), "cpu"),
+        "ours, CPU half": lambda: cropped(ours),
+        "ours, CPU half, --exact-decode": lambda: cropped(exact),
     }, runs, clock=time.process_time)
 
 
 def reduced_error(multicrop):
-    """[which factors the frames are reduced by, then mean, percentiles and maximum of what that does to their crops], in
-    grey levels."""
+    """[factors by which the decoder reduces the frames; mean, 99 %, 99.9 % and maximum of what that
+    does to their crops, in grey levels]."""
     factors, differences = [], []
     for i in range(len(multicrop.frames)):
         with opened(multicrop.frames.path(i)) as image:
-            boxes, flips, _ = multicrop.draw(augment.stream(multicrop.seed, 0, 0, i), *image.size)
+            drawn = augment.stream(multicrop.seed, 0, 0, i)
+            boxes, flips, _ = multicrop.draw(drawn, *image.size)
             factor = multicrop.spare(boxes)
             small = decode(image, factor)
         with opened(multicrop.frames.path(i)) as image:
@@ -195,26 +210,30 @@ def reduced_error(multicrop):
         factors.append(factor)
         boxes = [[round(x / factor) for x in box] for box in boxes]
         coarse = augment.cut(small, boxes, multicrop.sizes, flips)
-        fine = augment.cut(whole, [[x * factor for x in box] for box in boxes], multicrop.sizes, flips)
+        boxes = [[x * factor for x in box] for box in boxes]
+        fine = augment.cut(whole, boxes, multicrop.sizes, flips)
         if factor > 1:
-            differences += [(a.int() - b.int()).abs().flatten().numpy() for a, b in zip(coarse, fine)]
+            differences += [(a.int() - b.int()).abs().flatten() for a, b in zip(coarse, fine)]
     counts = ", ".join(f"{f}: {factors.count(f)}" for f in sorted(set(factors)))
-    d = np.concatenate(differences or [np.zeros(1, int)])
-    return [counts, f"{d.mean():.2f}", *(f"{q:.0f}" for q in np.percentile(d, (99, 99.9))), d.max()]
+    d = torch.cat(differences or [torch.zeros(1)]).numpy()
+    tail = [f"{q:.0f}" for q in np.percentile(d, (99, 99.9))]
+    return [counts, f"{d.mean():.2f}", *tail, d.max()]
 
 
 def pil_multicrop():
-    """path -> the ten crops of DINOv2's augmentation as executed, composed of torchvision's PIL transforms."""
+    """path -> the ten crops of DINOv2's augmentation as executed, of torchvision's PIL transforms."""
     def view(size, scale, *extra):
         return T.Compose([
-            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(0.2), *extra,
             T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
     def blur(p):
         return T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=p)
 
-    first, second = view(224, (0.32, 1)), view(224, (0.32, 1), blur(0.9), T.RandomSolarize(128, 0.2))
+    first = view(224, (0.32, 1))
+    second = view(224, (0.32, 1), blur(0.9), T.RandomSolarize(128, 0.2))
     views = [first, second] + [view(98, (0.05, 0.32), blur(0.5))] * 8
 
     def crops(path):
@@ -243,19 +262,20 @@ VARIANTS = {  # name -> (flags of pretrain.py, ENDODINO_ATTENTION)
 
 @command
 def bench_step(argv):
-    """images/s of a whole pre-training step by number type, attention and compiler; the share of each part; the floor."""
+    """images/s of a pre-training step by number type, attention and compiler; its parts; its floor."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         prog="bench.py step", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Further flags are those of pretrain.py, for every case.\n\ncases:\n"
                + "\n".join(f"  {letter}  {flags}" for letter, flags in CASES.items()))
     flag = parser.add_argument
-    flag("--cases", nargs="+", choices=CASES, default=list("EFG" if cuda else "ABCD"), metavar="LETTER",
+    flag("--cases", nargs="+", choices=CASES, metavar="LETTER", default=list("EFG" if cuda else "ABCD"),
          help="rows of the list below (E F G on a GPU, else A B C D)")
     flag("--archs", nargs="+", metavar="ARCH", help="architectures, instead of the cases")
     flag("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
          help="in quotes, of: " + "; ".join(VARIANTS) + " (all)")
-    flag("--runs", type=int, default=20 if cuda else 5, help="timed steps of each variant (20 on a GPU, else 5)")
+    flag("--runs", type=int, default=20 if cuda else 5,
+         help="timed steps of each variant (20 on a GPU, else 5)")
     args, flags = parser.parse_known_args(argv)
     cases = [CASES[letter].split() for letter in args.cases]
     if args.archs:
@@ -265,7 +285,7 @@ def bench_step(argv):
 
 
 def step_tables(flags, variants, runs):
-    """One case: the variants' steps in turn, and what the steps of the eager ones are made of."""
+    """One case: the variants' steps in turn, and what those of the eager ones are made of."""
     trainers, first = {name: Trainer(flags, *VARIANTS[name]) for name in variants}, {}
     for name, trainer in trainers.items():
         first[name] = seconds({"step": trainer.step}, runs=1, warmup=0)["step"]
@@ -277,20 +297,20 @@ def step_tables(flags, variants, runs):
     for name, s in t.items():
         floor = flops / rates[trainers[name].dtype]
         rows.append([name, f"{s * 1e3:.0f}", f"{run.batch / s:.2f}", f"{t[variants[0]] / s:.2f}",
-                     f"{floor * 1e3:.0f}", f"{s / floor:.1f}", f"{first[name]:.1f}"])
-        if device.type == "cuda":
-            rows[-1].append(f"{peak_bytes(trainers[name].step) / 2**30:.1f}")
+                     f"{floor * 1e3:.0f}", f"{s / floor:.1f}", f"{first[name]:.1f}",
+                     f"{peak_bytes(trainers[name].step) / 2**30:.2f}"])
     crops = f"{run.global_size} px and {run.local_crops} x {run.local_size} px"
+    header = ["ms", "images/s", f"times {variants[0]}", "floor ms", "times the floor", "first step s",
+              "GiB beside the weights"]
     table(f"A step of {run.arch}, B {run.batch}, crops of {crops}, K {run.prototypes:,}",
-          ["", "ms", "images/s", f"times {variants[0]}", "floor ms", "times the floor", "first step s",
-           *(["GiB beside the weights"] if device.type == "cuda" else [])], rows)
-    print(f"\nFloor: the step's {flops / 1e9:.0f} GFLOP at the rate of large matrix products measured beside it, "
-          + ", ".join(f"{str(dtype)[6:]} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in rates.items()) + ".")
+          ["", *header], rows)
+    rates = ", ".join(f"{short(dtype)} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in rates.items())
+    print(f"\nFloor: the step's {flops / 1e9:.0f} GFLOP at the rate of large products, {rates}.")
     parts_table({name: trainer for name, trainer in trainers.items() if not trainer.run.compile})
 
 
 def parts_table(trainers):
-    """Milliseconds and share of each part of the trainers' steps, and what the input costs beside them."""
+    """Milliseconds and share of each part of the trainers' steps; what the input costs beside them."""
     if not trainers:
         return
     rows = [[part] for part in PARTS]
@@ -301,8 +321,8 @@ def parts_table(trainers):
     table("What these steps are made of, by torch.profiler",
           ["part", *(cell for name in trainers for cell in (f"{name}: ms", "share"))], rows)
     batches = trainer.batches()
-    decode = seconds({"batch": lambda: next(batches)}, runs=3, clock=time.process_time)["batch"]
-    print(f"\nBeside the steps, workers decode and crop: {decode * 1e3:.0f} ms of one core per batch.")
+    decode = seconds({"": lambda: next(batches)}, runs=3, clock=time.process_time)[""]
+    print(f"\nBeside the steps, workers decode and crop: {decode * 1e3:.0f} ms of one core a batch.")
 
 
 def product_rate(device, dtype):
@@ -318,8 +338,8 @@ class Trainer:
     flags, more: of pretrain.py; attention: what ENDODINO_ATTENTION says while it steps."""
 
     def __init__(self, flags, more, attention):
-        self.run = run = pretrain.parse([*flags, *more.split(), "--workers", "0", "--resume", "no"])
-        self.attention, self.device = attention, torch.device(run.device)
+        run = pretrain.parse([*flags, *more.split(), "--workers", "0", "--resume", "no"])
+        self.run, self.attention, self.device = run, attention, torch.device(run.device)
         self.frames = pretrain.open_frames(run, say_once)
         self.model = pretrain.build_model(run, say_once).train()
         pretrain.distribute(self.model, run, self.device, world=1)
@@ -328,13 +348,13 @@ class Trainer:
         with self.autocast:
             if torch.is_autocast_enabled(self.device.type):
                 self.dtype = torch.get_autocast_dtype(self.device.type)
-        middle = run.steps // 2
-        self.now = {name: values[middle] for name, values in pretrain.make_schedules(run, run.batch).items()}
+        schedules = pretrain.make_schedules(run, run.batch)
+        self.now = {name: values[run.steps // 2] for name, values in schedules.items()}
         batches = self.batches()
         self.raw = itertools.cycle([next(batches), next(batches)])
 
     def batches(self):
-        """What a loader's workers hand over, decoded, cropped and masked; here by this process."""
+        """What a loader's workers hand over: decoded, cropped, masked. Here this process does it."""
         return pretrain.make_batches(self.run, self.frames, 0, 0, 1, self.device)
 
     def input(self):
@@ -344,13 +364,14 @@ class Trainer:
 
     def step(self):
         with mock.patch.dict(os.environ, ENDODINO_ATTENTION=self.attention):
-            batch = self.input()
-            pretrain.train_step(self.model, self.optimizer, batch, self.now, self.run.clip, self.autocast)
+            pretrain.train_step(self.model, self.optimizer, self.input(), self.now, self.run.clip,
+                                self.autocast)
 
     def flops(self):
         """FLOP of the products of one step, attention's included."""
-        with FlopCounterMode(display=False) as counter, countable(self.device), mock.patch.object(self, "attention", "sdpa"):
-            self.step()
+        with FlopCounterMode(display=False) as counter, countable(self.device):
+            with mock.patch.object(self, "attention", "sdpa"):
+                self.step()
         return counter.get_total_flops()
 
     def parts(self, steps=2):
@@ -358,12 +379,14 @@ class Trainer:
         ranges = [
             (self, "input", "input: colours and blur"), (vit, "attention", "attention"),
             (dino_loss, "teacher_targets", LOSSES), (dino_loss, "update_center", LOSSES),
-            (dino_loss, "dino_loss", LOSSES), (dino_loss, "ibot_loss", LOSSES), (dino_loss, "koleo_loss", LOSSES),
-            (dino, "clip_gradients", "clipping"), (self.optimizer, "step", "AdamW"),
+            (dino_loss, "dino_loss", LOSSES), (dino_loss, "ibot_loss", LOSSES),
+            (dino_loss, "koleo_loss", LOSSES), (dino, "clip_gradients", "clipping"),
+            (self.optimizer, "step", "AdamW"),
             (self.model, "update_teacher", "the teacher's moving average")]
         with contextlib.ExitStack() as stack:
             for owner, name, part in ranges:
-                stack.enter_context(mock.patch.object(owner, name, named(part, getattr(owner, name))))
+                fn = named(part, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, fn))
             profile = stack.enter_context(torch.profiler.profile(record_shapes=True))
             start = time.perf_counter()
             for _ in range(steps):
@@ -371,19 +394,20 @@ class Trainer:
             synchronize()
             whole = time.perf_counter() - start
         weights = {tuple(p.shape) for p in self.model.parameters()}
-        return {part: s / steps for part, s in split_by_part(profile.events(), weights, whole).items()}
+        parts = split_by_part(profile.events(), weights, whole)
+        return {part: s / steps for part, s in parts.items()}
 
 
 @contextlib.contextmanager
 def countable(device):
-    """All products pass where FlopCounterMode sees them: no compiled code, and not the CPU's fused attention."""
+    """FlopCounterMode sees every product: none in compiled code, none in the CPU's fused attention."""
     with torch.compiler.set_stance("force_eager"):
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
             yield
 
 
 LOSSES = "losses and targets"
-PARTS = {  # part -> its operators. What runs in a range of the part's name, or is the gradient of that, belongs to it too
+PARTS = {  # part -> its operators; and what runs in a range of its name, and the gradient of that
     "matrix products": ("aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward"),
     "attention": (),
     "GELU": ("aten::gelu", "aten::gelu_backward"),
@@ -398,6 +422,7 @@ PARTS = {  # part -> its operators. What runs in a range of the part's name, or 
     "other operators: residuals, LayerScale, sums, indices": (),
     "between operators": (),
 }
+CASTS, OTHER = "casts of weights and their gradients", list(PARTS)[-2]
 
 
 def named(part, fn):
@@ -409,27 +434,26 @@ def named(part, fn):
 
 
 def split_by_part(events, weights, whole):
-    """{part: seconds} of a profile that took `whole` seconds: of each operator the time that it spent itself.
+    """{part: seconds} of a profile that took `whole` seconds, each operator without those it called.
 
-    weights: shapes. What copies a tensor of such a shape is autocast, casting a weight or its gradient."""
+    weights: shapes. A cast of a tensor of such a shape is autocast's, of a weight or its gradient."""
     by_operator = {name: part for part, names in PARTS.items() for name in names}
-    made_in = {}                                         # number of an autograd node -> range that made it
+    made_in = {}                                         # number of an autograd node -> its range
     parts, gpu = dict.fromkeys(PARTS, 0.0), torch.cuda.is_available()
     for event in sorted(events, key=lambda e: e.time_range.start):
         callers = [event]
         while callers[-1].cpu_parent:
             callers.append(callers[-1].cpu_parent)
         part = next((e.name for e in callers if e.name in PARTS), None)
-        backward = callers[-1].name.startswith("autograd::engine")
-        if backward:
+        if callers[-1].name.startswith("autograd::engine"):
             part = made_in.get(callers[-1].sequence_nr)
         elif event.sequence_nr >= 0:
             made_in[event.sequence_nr] = part            # the last to carry a number makes the node
         if part is None:
-            part = next((by_operator[e.name] for e in reversed(callers) if e.name in by_operator), list(PARTS)[-2])
-            cast = any(e.name == "aten::_to_copy" for e in callers)
-            if part == "other casts and copies" and cast and tuple(event.input_shapes[0]) in weights:
-                part = "casts of weights and their gradients"
+            known = (by_operator[e.name] for e in reversed(callers) if e.name in by_operator)
+            part = next(known, OTHER)
+            if event.name == "aten::copy_" and any(e.name == "aten::_to_copy" for e in callers):
+                part = CASTS if tuple(event.input_shapes[0]) in weights else part
         parts[part] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
     parts["between operators"] = whole - sum(parts.values())
     return parts
@@ -437,13 +461,13 @@ def split_by_part(events, weights, whole):
 
 @command
 def bench_cost(argv):
-    """what a recipe costs on each architecture, counted on no device: FLOP per frame, GPU hours, bytes of parameters."""
+    """FLOP per frame, GPU hours and bytes of a recipe on each architecture, counted on no device."""
     parser = flags_of("cost")
     flag = parser.add_argument
-    flag("--archs", nargs="+", metavar="ARCH", default=["vitt14", "vits14", "vitb14", "vitl14", "vitg14"],
-         help="architectures")
-    flag("--recipes", nargs="+", choices=pretrain.RECIPES, default=["scratch", "scratch-long", "adapt"],
-         help="rows of pretrain.py's table")
+    flag("--archs", nargs="+", metavar="ARCH", help="architectures",
+         default="vitt14 vits14 vitb14 vitl14 vitg14".split())
+    flag("--recipes", nargs="+", choices=pretrain.RECIPES, help="rows of pretrain.py's table",
+         default=["scratch", "scratch-long", "adapt"])
     flag("--gpus", type=int, default=8, help="processes, each with the recipe's --batch")
     flag("--rate", type=float, default=4e14,
          help="FLOP/s that one GPU is taken to sustain; an H100's peak in bf16 is 9.9e14")
@@ -452,44 +476,48 @@ def bench_cost(argv):
     for recipe, arch in itertools.product(args.recipes, args.archs):
         run = pretrain.parse(["--arch", arch, "--recipe", recipe, "--device", "cuda"])
         parameters, flops = counted(run)
-        rows.append([recipe, arch, f"{parameters / 1e6:.0f}", f"{flops / 1e9:.0f}", f"{args.rate / flops:.0f}",
-                     f"{run.steps:,} x {run.batch * args.gpus:,}",
-                     f"{run.steps * run.batch * flops / args.rate / 3600:,.1f}", f"{20 * parameters / 2**30:.1f}"])
-    header = ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU", "steps x frames",
-              "hours", "GiB of state"]
-    print(f"\n**What a run costs on {args.gpus} GPUs, counted and not timed** "
-          f"(torch {torch.__version__.split('+')[0]}; a GPU is taken to sustain {args.rate:.3g} FLOP/s)\n")
-    print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]))
-    print("\nMatrix products and attention of the teacher's forward pass and of the student's forward and backward pass. "
-          "State: student, teacher, gradient and AdamW's two moments in float32, before --shard divides it; activations "
-          "come on top. Traffic of the loss head and of the optimiser, decoding and communication are not in the hours.")
+        hours = run.steps * run.batch * flops / args.rate / 3600
+        rows.append([recipe, arch, f"{parameters / 1e6:.0f}", f"{flops / 1e9:.0f}",
+                     f"{args.rate / flops:.0f}", f"{run.steps:,} x {run.batch * args.gpus:,}",
+                     f"{hours:,.1f}", f"{20 * parameters / 2**30:.1f}"])
+    table(f"What a run costs on {args.gpus} GPUs that sustain {args.rate:.3g} FLOP/s",
+          ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU",
+           "steps x frames", "hours", "GiB of state"], rows, device="counted, not timed")
+    print("""
+Matrix products and attention of the teacher's forward pass and of the student's forward and backward
+pass. State: student, teacher, gradient and AdamW's two moments in float32, before --shard divides it;
+activations come on top. Traffic of the loss head and of the optimiser, decoding and communication are
+not in the hours.""")
 
 
 def counted(run):
-    """(parameters of the student, FLOP of a step per frame) of a parsed pretrain.py run, without a number being
-    computed."""
+    """(parameters of the student, FLOP of a step per frame) of pretrain.py's parsed flags. Shapes alone
+    are computed."""
     B, S, s, L = run.batch, run.global_size, run.local_size, run.local_crops
-    masked = round(0.15 * 2 * B * (S // 14) ** 2)        # half of the global crops hide 30 % of their patches
-    # tensors of shapes without numbers, which trunc_normal_ would ask for
-    with mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    masked = round(0.15 * 2 * B * (S // 14) ** 2)        # half of the global crops hide 30 %
+    shapes_alone = mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode()  # the first wants numbers
+    with shapes_alone[0], shapes_alone[1], FlopCounterMode(display=False) as counter:
         backbone = vit.build_vit(run.arch, image_size=S, drop_path=run.drop_path)
         D = backbone.dim
         heads = [dino_loss.DINOHead(D, run.prototypes, bottleneck_dim=run.bottleneck),
                  dino_loss.DINOHead(D, run.prototypes)]
         crops = [torch.empty(2 * B, 3, S, S), torch.empty(L * B, 3, s, s)]
-        cls, teacher_cls, patches = (torch.empty(n, D, requires_grad=True) for n in ((2 + L) * B, 2 * B, masked))
+        cls, teacher_cls, patches = (
+            torch.empty(n, D, requires_grad=True) for n in ((2 + L) * B, 2 * B, masked))
         with torch.no_grad():
             backbone.eval()(crops[0])
             heads[0](teacher_cls), heads[1](patches)
         out = backbone.train().forward_packed(crops, [None, None])
-        (sum(o["cls"].sum() for o in out) + heads[0](cls).sum() + heads[1](patches).sum()).backward()
+        outputs = [*(o["cls"] for o in out), heads[0](cls), heads[1](patches)]
+        sum(x.sum() for x in outputs).backward()
     parts = [backbone, *heads[:1 + run.separate_heads]]
-    return sum(p.numel() for part in parts for p in part.parameters()), counter.get_total_flops() / B
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
+    return parameters, counter.get_total_flops() / B
 
 
 @command
 def bench_probe(argv):
-    """frames/s of frozen features in each number type."""
+    """frames/s of frozen features, forward only, in float32 and in 16 bits side by side."""
     cuda = torch.cuda.is_available()
     parser = flags_of("probe")
     flag = parser.add_argument
@@ -500,11 +528,12 @@ def bench_probe(argv):
     flag("--batch", type=int, default=32 if cuda else 4, help="frames at a time")
     flag("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    short = torch.bfloat16 if device.type == "cpu" else vit.precision(device)
+    device, B = torch.device("cuda" if cuda else "cpu"), args.batch
+    half = vit.precision(device) if cuda else torch.bfloat16
     rows = []
     for arch, size in itertools.product(args.archs, args.sizes):
-        model, frames = vit.build_vit(arch).to(device).eval(), torch.randn(args.batch, 3, size, size, device=device)
+        model = vit.build_vit(arch).to(device).eval()
+        frames = torch.randn(B, 3, size, size, device=device)
 
         def features(dtype, model=model, frames=frames):
             with vit.autocast(device, dtype), torch.inference_mode():
@@ -512,13 +541,14 @@ def bench_probe(argv):
 
         with FlopCounterMode(display=False) as counter, countable(device):
             features(torch.float32)
-        t = seconds({dtype: functools.partial(features, dtype) for dtype in (torch.float32, short)}, args.runs)
-        rows.append([arch, size, *(f"{args.batch / s:.1f}" for s in t.values()), f"{t[torch.float32] / t[short]:.2f}",
-                     *(f"{counter.get_total_flops() / s / 1e12:.2f}" for s in t.values())])
-    name = str(short)[6:]
-    table(f"Frozen features, batch {args.batch}, forward only, decoding not included",
-          ["architecture", "pixels", "float32 frames/s", f"{name} frames/s", "times", "float32 TFLOP/s",
-           f"{name} TFLOP/s"], rows)
+        flops = counter.get_total_flops()
+        t = seconds({d: functools.partial(features, d) for d in (torch.float32, half)}, args.runs)
+        rows.append([arch, size, *(f"{B / s:.1f}" for s in t.values()),
+                     f"{t[torch.float32] / t[half]:.2f}",
+                     *(f"{flops / s / 1e12:.2f}" for s in t.values())])
+    table(f"Frozen features, batch {B}, forward only, decoding not included",
+          ["architecture", "pixels", "float32 frames/s", f"{short(half)} frames/s", "times",
+           "float32 TFLOP/s", f"{short(half)} TFLOP/s"], rows)
 
 
 @command
@@ -756,10 +786,11 @@ def curate_table(rates, levels, size, how, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = "; ".join(f"{name}: {fn.__doc__.splitlines()[0]}" for name, fn in sorted(COMMANDS.items()))
-    parser.add_argument("what", choices=sorted(COMMANDS), help=what)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="flags of the sub-command (--help shows them)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = [f"{name}: {fn.__doc__.splitlines()[0]}" for name, fn in sorted(COMMANDS.items())]
+    parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(lines))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its flags (WHAT --help shows them)")
     args = parser.parse_args(argv)
     COMMANDS[args.what](args.rest)
 

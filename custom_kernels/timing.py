@@ -79,10 +79,10 @@ def device_name():
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def table(title, header, rows):
+def table(title, header, rows, device=None):
     """Print a GitHub Markdown table under a line that names the device and the versions."""
     versions = f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
-    print(f"\n**{title}** ({device_name()}, {versions})\n")
+    print(f"\n**{title}** ({device or device_name()}, {versions})\n")
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for row in rows:

@@ -1,9 +1,8 @@
-"""Does a balanced sample of the frames do as well as all of them? Pre-training on N curated, N random and all frames,
-for several N, architectures and seeds, then three probes with heads of fixed strength.
+"""Does a balanced sample of the frames do as well as all of them? Pre-training on N curated, N random
+and all frames, for several N, architectures and seeds, then three probes with heads of fixed strength.
 
-    python -m docs.study                                            from the repository's root; hours
+    python -m docs.study                          # from the repository's root; hours
     python -m docs.study --jobs 2 --targets 50 --archs vitt14 --seeds 0 --steps 100
-    python -m docs.study --help
 
 Flags it does not know go to pretrain.py as they are. The same command goes on where it stopped.
 """
@@ -27,41 +26,44 @@ import probe_mes
 import probe_segment
 import synthetic
 import vit
-from bench import table
+from custom_kernels.timing import table
 from data import Frames, open_labelled
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m docs.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m docs.study", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--targets", type=int, nargs="+", default=[50, 100, 200], help="N, numbers of frames (50 100 200)")
+    flag("--targets", type=int, nargs="+", default=[50, 100, 200], help="N (50 100 200)")
     flag("--archs", nargs="+", default=["vitt14", "vits14"], help="architectures (vitt14 vits14)")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2],
          help="of curation, random choice and pre-training alike (0 1 2)")
-    flag("--jobs", type=int, default=1, help="pre-trainings at once, each with its share of the cores (1)")
-    flag("--out", default="runs/study", help="folder of all runs; other flags want another (runs/study)")
+    flag("--jobs", type=int, default=1, help="pre-trainings at once, sharing the cores (1)")
+    flag("--out", default="runs/study",
+         help="folder of all runs; other flags want another (runs/study)")
     args, flags = parser.parse_known_args(argv)
-    pretrain.parse(["--recipe", "demo", *flags])         # a wrong flag ends here, not after the first curation
+    pretrain.parse(["--recipe", "demo", *flags])         # a wrong flag ends here, not hours later
 
     out, root, runs = pathlib.Path(args.out), synthetic.ensure(), {}
     for seed in args.seeds:
         for kind, n, frames in choose_frames(root / "unlabelled", out, args.targets, seed):
             for arch in args.archs:
-                runs[arch, n, kind, seed] = [*frames, "--arch", arch, "--recipe", "demo", "--seed", str(seed),
-                                             *flags, "--out", str(out / f"{arch}-{n}-{kind}-{seed}")]
+                runs[arch, n, kind, seed] = [
+                    *frames, "--arch", arch, "--recipe", "demo", "--seed", str(seed), *flags,
+                    "--out", str(out / f"{arch}-{n}-{kind}-{seed}")]
     pretrain_all(runs.values(), args.jobs)
     print_scores(root, runs, args.seeds)
 
 
 def choose_frames(data, out, targets, seed):
-    """[("curated" or "random" or "all", N, pretrain.py's flags)]: one seed's frames, chosen and listed under `out`."""
+    """[("curated" or "random" or "all", N, pretrain.py's flags)]: one seed's frames, listed under out."""
     frames, rng, chosen = Frames(data), np.random.default_rng(seed), []
     out.mkdir(parents=True, exist_ok=True)
     for n in targets:
         folder, listed = out / f"curated-{n}-{seed}", out / f"random-{n}-{seed}.txt"
         if not (folder / "manifest.csv").exists():
-            curate.main(["--data", str(data), "--out", str(folder), "--target", str(n), "--seed", str(seed)])
+            curate.main(["--data", str(data), "--out", str(folder),
+                         "--target", str(n), "--seed", str(seed)])
         rows = sorted(rng.choice(len(frames), n, replace=False))
         listed.write_text("".join(os.path.relpath(frames.path(i), data) + "\n" for i in rows))
         chosen.append(("curated", n, ["--data", str(folder / "manifest.csv")]))
@@ -70,8 +72,8 @@ def choose_frames(data, out, targets, seed):
 
 
 def pretrain_all(runs, jobs):
-    """pretrain.py with each list of flags (the last is the run folder), `jobs` at a time; skips those that have a
-    teacher. One that fails ends the study with its log."""
+    """pretrain.py with each list of flags (the last is the run folder), `jobs` at a time; skips those
+    that have a teacher. One that fails ends the study and names its log."""
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
 
     def run(flags):
@@ -89,9 +91,9 @@ def pretrain_all(runs, jobs):
 
 
 def print_scores(root, runs, seeds):
-    """Score every run's teacher, and each architecture at random initialisation: means and deviations over the seeds,
-    then curated - random, seed by seed."""
-    scores = {}                                          # (architecture, N, kind) -> a row of four scores per seed
+    """Score every run's teacher, and each architecture at random initialisation: means and deviations
+    over the seeds, then those of curated - random, seed by seed."""
+    scores = {}                                          # (architecture, N, kind) -> four scores per seed
     for (arch, n, kind, seed), flags in tqdm(runs.items(), desc="probes", unit="run"):
         path = next(pathlib.Path(flags[-1]).glob("teacher_*.pt"))
         size = torch.load(path, weights_only=True)["args"]["global_size"]
@@ -100,7 +102,8 @@ def print_scores(root, runs, seeds):
             torch.manual_seed(seed)
             models[arch, 0, "none: random initialisation"] = vit.build_vit(arch)
         for row, model in models.items():
-            scores.setdefault(row, []).append(quick_probes(root, model.eval().requires_grad_(False), size))
+            model.eval().requires_grad_(False)
+            scores.setdefault(row, []).append(quick_probes(root, model, size))
 
     rows = [[arch, kind, n, *cells(s)] for (arch, n, kind), s in sorted(scores.items())]
     for (arch, n, kind), s in sorted(scores.items()):
@@ -109,7 +112,8 @@ def print_scores(root, runs, seeds):
             rows.append([arch, "curated - random", n, *cells(difference)])
     header = ["architecture", "pre-trained on", "frames",
               "landmarks accuracy", "landmarks, second scope", "Mayo kappa", "polyps Dice"]
-    table(f"Data size by model size, seeds {', '.join(map(str, seeds))}: mean ± standard deviation", header, rows)
+    seeds = ", ".join(map(str, seeds))
+    table(f"Data size by model size, seeds {seeds}: mean ± standard deviation", header, rows)
 
 
 def cells(scores):
@@ -120,11 +124,13 @@ def cells(scores):
 
 
 def quick_probes(root, model, size):
-    """(landmarks accuracy, the same on the second scope, Mayo kappa, polyps Dice) with heads of fixed strength;
-    validation frames choose the polyps' learning rate alone."""
+    """(landmarks accuracy, the same on the second scope, Mayo kappa, polyps Dice) with heads of fixed
+    strength; validation frames choose the polyps' learning rate alone."""
+    def accuracy(y, predicted, n_classes):
+        return probe_classify.accuracy(y, predicted)
     linear = functools.partial(probe_classify.linear_head, **probe_classify.FEW_SHOT)
     softmax = functools.partial(probe_mes.softmax_head, **probe_mes.FEW_SHOT, power=1)
-    landmarks = mean_scores(root, "landmarks", model, size, linear, lambda y, p, n: probe_classify.accuracy(y, p))
+    landmarks = mean_scores(root, "landmarks", model, size, linear, accuracy)
     grades = mean_scores(root, "mes", model, size, softmax, probe_mes.quadratic_kappa)
     return *landmarks, grades[0], polyp_dice(root, model, size)
 

@@ -10,8 +10,8 @@ import synthetic
 import vit
 from docs import study
 
-TINY = ("--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --prototypes 16 --head-hidden 32 "
-        "--workers 0 --device cpu")
+TINY = ("--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --prototypes 16 "
+        "--head-hidden 32 --workers 0 --device cpu")
 CURATE = "--sharp 0 9 --workers 0 --device cpu"  # so few pixels are blurred
 
 
@@ -32,11 +32,13 @@ def test_study_trains_and_scores(tmp_path, monkeypatch, capsys, synthetic_set):
     assert len(trained) == 3
     rows = re.findall(r"^\| tiny \| ([^|]+) \| (\d+) \|(.*)\|$", out, re.M)
     assert [(kind, n) for kind, n, _ in rows] == [
-        ("none: random initialisation", "0"), ("curated", "4"), ("random", "4"), ("all", "12"), ("curated - random", "4")]
+        ("none: random initialisation", "0"), ("curated", "4"), ("random", "4"), ("all", "12"),
+        ("curated - random", "4")]
     numbers = [[float(cell) for cell in cells.split("|")] for *_, cells in rows]
     assert numbers[4] == pytest.approx([a - b for a, b in zip(numbers[1], numbers[2])], abs=2e-3)
     listed = (tmp_path / "study/random-4-0.txt").read_text().split()
-    assert len(set(listed)) == 4 and all((synthetic_set / "unlabelled" / name).exists() for name in listed)
+    assert len(set(listed)) == 4
+    assert all((synthetic_set / "unlabelled" / name).exists() for name in listed)
 
 
 def test_a_run_that_has_a_teacher_is_not_repeated_and_a_failed_one_ends_the_study(tmp_path):

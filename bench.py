@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pathlib
+import statistics
 import tempfile
 import time
 from unittest import mock

@@ -78,3 +78,14 @@ def test_step_prints_a_row_per_variant(trainer, monkeypatch, capsys):
     rows = dict(re.findall(r"^\| (float32|bf16) \| (.*) \|$", out, re.M))
     assert rows.keys() == {"float32", "bf16"} and rows["float32"].split(" | ")[2] == "1.00"
     assert set(bench.PARTS) <= set(re.findall(r"^\| ([^|]+) \| [-\d.]+ \| ", out, re.M))
+
+
+@pytest.mark.parametrize("command", [
+    "model --batch 1 --runs 1", "probe --batch 1 --sizes 28 --runs 1", "cost --recipes demo",
+    "live --sizes 28 --batches 1 --frames 2 --frame 64 64", "input --frames 1 --runs 1"])
+def test_command_prints_rows(trainer, monkeypatch, command, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # for this process, not for its tests
+    archs = [] if command.startswith("input") else ["--archs", "tiny"]
+    bench.main([*command.split(), *archs])
+    tables = re.findall(r"^\|(?:---\|)+\n((?:\|.*\n)+)", capsys.readouterr().out, re.M)
+    assert tables and not any("nan" in rows for rows in tables)

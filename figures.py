@@ -462,11 +462,13 @@ def timeline(path, title, times, tracks, seconds=True):
     span = times[0], times[-1] + step  # a frame stands until the next one
     heights = [24 * len(classes) if classes else 130 for _, _, classes in tracks]
     image, draw = canvas(1000, 84 + sum(height + 66 for height in heights))
+    names = [name for _, _, classes in tracks for name in classes or ()]
+    left = 30 + max([40, *(font(15).getlength(str(name)) for name in names)])  # room for their words
     text(draw, (500, 20), title, size=18)
     top = 74
     for (name, values, classes), height in zip(tracks, heights):
         values = np.array([np.nan if value is None else value for value in values], float)
-        known, box = values[~np.isnan(values)], (170, top, 970, top + height)
+        known, box = values[~np.isnan(values)], (left, top, 970, top + height)
         if classes:  # the first class on top
             y_range = len(classes) - 0.5, -0.5
         else:
@@ -483,7 +485,7 @@ def timeline(path, title, times, tracks, seconds=True):
                 points = [place(times[i], values[i]) for i in frames]
                 line(draw, [*points, place(ends[1], values[frames[-1]])], BLUE, 2)
         top += height + 66
-    text(draw, (570, top - 10), "time (minutes:seconds)" if seconds else "frame", size=16)
+    text(draw, ((left + 970) / 2, top - 10), "time (minutes:seconds)" if seconds else "frame", size=16)
     save_figure(image, path)
 
 

@@ -16,6 +16,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -27,6 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
 import augment
+import clusters
+import curate
 import dino
 import dino_loss
 import frozen
@@ -37,7 +40,7 @@ import vit
 from custom_kernels import bench_attention as attention_benchmark
 from custom_kernels import bench_prototype_loss as loss_benchmark
 from custom_kernels import say_once
-from custom_kernels.timing import peak_bytes, seconds, synchronize, table
+from custom_kernels.timing import peak_bytes, resident, seconds, synchronize, table
 from data import Frames, decode, opened, read_image
 from heads import LinearHead, Ordinal, Softmax
 
@@ -634,73 +637,65 @@ def random_heads(model, size):
 
 @command
 def bench_curate(argv):
-    """Each stage of curation measured where it is cheap; for 10 million frames bytes, FLOP, memory and hours, counted."""
-    import tempfile
-    from pathlib import Path
-    from types import SimpleNamespace
-
-    import curate
-    import numpy as np
-
-    parser = argparse.ArgumentParser(prog="bench.py curate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--frames", type=int, nargs="+", default=[2048], help="images of the passes over images (the largest counts)")
-    add("--rows", type=int, default=1_000_000, help="random embeddings of the other stages")
-    add("--target-frames", type=int, default=10_000_000, help="frames that the hours are counted for")
-    add("--checkpoint", help="backbone of the embedding stage; without it the untrained descriptor")
-    add("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that read images")
+    """each stage of curation, measured where it is cheap; what 10 million frames take, counted."""
+    parser = flags_of("curate")
+    flag = parser.add_argument
+    flag("--frames", type=int, nargs="+", default=[2048],
+         help="images of the two passes over images (the largest number counts)")
+    flag("--rows", type=int, default=1_000_000, help="random embeddings of the other stages")
+    flag("--of", type=int, default=10_000_000, help="frames that bytes, FLOP and hours are counted for")
+    flag("--checkpoint", help="backbone of the embeddings; without it the untrained descriptor")
+    flag("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1),
+         help="processes that read images")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = curate.embedder(SimpleNamespace(checkpoint=args.checkpoint, device=device, precision="auto"))
     with tempfile.TemporaryDirectory() as folder:
-        rates, size = curate_images(Path(folder), max(args.frames), how, args.workers, device)
-        file = np.lib.format.open_memmap(Path(folder) / "x.npy", "w+", np.float16, (args.rows, how[3]))
+        folder = pathlib.Path(folder)
+        rates, size = curate_images(folder, max(args.frames), how, args.workers, device)
+        file = np.lib.format.open_memmap(folder / "x.npy", "w+", np.float16, (args.rows, how[3]))
         rng = np.random.default_rng(0)
-        for part in range(0, args.rows, 2 ** 14):
-            some = file[part:part + 2 ** 14]
-            some[:] = rng.standard_normal(some.shape, dtype=np.float32)
-        found, levels = curate_rows(file, device)
-    curate_table(rates | found, levels, size, how, args)
-    peak = f"{resident('VmHWM') / 1e9:.2f} GB" if os.path.exists("/proc/self/status") else "not measured"
-    print(f"\nPeak resident memory of this process at {args.rows} rows, the pages of the mapped file among it: {peak}.")
+        for i in range(0, args.rows, 2 ** 14):
+            file[i:i + 2 ** 14] = rng.standard_normal(file[i:i + 2 ** 14].shape, dtype=np.float32)
+        del file  # written through one mapping, read through another, as by curate.py
+        file = np.load(folder / "x.npy", mmap_mode="r")
+        rates |= curate_rows(file, device)
+    table(f"Curation, measured once at {max(args.frames):,} images of {size / 1e3:.0f} kB, "
+          f"{args.workers} workers, and at {args.rows:,} random embeddings of {how[3]} numbers",
+          ["stage", "per second"], [[name, f"{rate:,.1f}"] for name, rate in rates.items()])
+    curate_counted(args, rates, size, how)
+    if os.path.exists("/proc/self/status"):
+        print(f"\nPeak resident memory of this process, at {args.rows:,} rows and "
+              f"{curate.default_levels(args.rows)[0]:,} leaves, the mapped file of embeddings included: "
+              f"{resident('VmHWM') / 1e9:.2f} GB")
 
 
 def curate_images(folder, n, how, workers, device):
-    """({stage: frames/s} of the two passes over n images of 640x512, bytes of an image)."""
-    from types import SimpleNamespace
-
-    import curate
-    import numpy as np
-    from PIL import Image
-
-    rng, how_run = np.random.default_rng(0), SimpleNamespace(workers=workers, device=device)
+    """({stage: frames/s} of the two passes over n images of 640x512, bytes of one)."""
     for i in range(16):  # smooth: their decoding costs what a frame's does
-        small = Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8))
-        small.resize((640, 512), Image.BICUBIC).save(folder / f"{i}.jpg")
-    size = sum(os.path.getsize(folder / f"{i}.jpg") for i in range(16)) / 16
+        smooth_noise(512, 640).save(folder / f"{i}.jpg")
     passes = {"quality": (curate.thumbnail, len(curate.QUALITY), np.float32, curate.quality),
               "embeddings": (how[1], how[3], np.float16, how[2])}
-    rates = {}
+    rates, run = {}, SimpleNamespace(workers=workers, device=device)
     for m in (curate.BATCH, n):  # the first warms up
         frames = curate.Listed(str(folder / f"{i % 16}.jpg") for i in range(m))
         for name, (read, width, dtype, describe) in passes.items():
             start = time.perf_counter()
-            curate.over_images(folder / f"{name}{m}.npy", frames, np.arange(m), read, width, dtype, describe, how_run, name)
-            rates[name] = m / (time.perf_counter() - start)
-    return rates, size
+            curate.over_images(folder / f"{name}{m}.npy", frames, np.arange(m), read, width, dtype,
+                               describe, run, name)
+            rates[f"{name}, frames"] = m / (time.perf_counter() - start)
+    return rates, sum(os.path.getsize(folder / f"{i}.jpg") for i in range(16)) / 16
 
 
 def curate_rows(file, device):
-    """({stage: rows, passes or centres per second}, clusters of each level) of the stages that see embeddings (n, D)."""
-    import clusters
-    import curate
-    import numpy as np
-
+    """{stage: rows or centres per second} of the stages that see embeddings, a file (n, D)."""
     n, rng, rates = len(file), np.random.default_rng(0), {}
-    assert not np.isnan(file[:, 0]).any()  # as curate.py looks for unreadable frames: every page is mapped
+    assert not np.isnan(file[:, 0]).any()  # maps every page, as curate.py's look for damage does
     moments = curate.moments_of(file, 0)
     x = curate.Embeddings(file, np.arange(n), moments, device)
-    some = lambda m: curate.Embeddings(file, np.arange(min(m, n)), moments, device)
+    few = curate.Embeddings(file, np.arange(min(n, 100_000)), moments, device)
+    levels = curate.default_levels(n)
+    k, seeds = levels[0], min(n, max(clusters.SAMPLE, 4 * levels[0]))
 
     def rate(name, count, fn):
         synchronize()
@@ -710,80 +705,74 @@ def curate_rows(file, device):
         rates[name] = count / (time.perf_counter() - start)
         return result
 
-    few = some(100_000)  # the work per row does not depend on their number: 32 cosines, 1,000, k
-    rate("near-duplicates", len(few), lambda: curate.duplicates(few, np.arange(len(few)) // 77, np.ones(len(few)), 0.95))
-    rate("--exclude of 1,000 images", len(few), lambda: curate.resembling(few, x[:1000], 0.85))
-    levels = curate.default_levels(n)
-    k = levels[0]
-    seeds = clusters.gather(x, np.sort(rng.choice(n, min(n, max(clusters.SAMPLE, 4 * k)), replace=False)))
-    u = 2 + int(np.log(k))  # candidates for each centre
-    rate("first centres", 20, lambda: clusters.first_centres(seeds, 20, Candidates(u)))
-    centres = seeds[:k].clone()
-    del seeds
-    slice_ = some(20 * (clusters.CHUNK // k))
-    rate("k-means pass", len(slice_), lambda: clusters.assign(slice_, centres))
-    labels = rng.integers(k, size=n)
-    rate("resampling", n, lambda: clusters.nearest(labels, rng.random(n, dtype=np.float32), max(1, n // (2 * k))))
-    tree = [labels] + [rng.integers(b, size=a) for a, b in zip(levels, levels[1:])]
-    rate("sampling", n, lambda: clusters.balanced_sample(
-        tree, clusters.capped(np.arange(n) // 77, labels, 40, rng), n // 4, rng))
-    return rates, levels
+    video = np.arange(n) // 77  # as many frames to a video as ten million of 130,000 videos
+    rate("near-duplicates, rows", len(few),
+         lambda: curate.duplicates(few, video[:len(few)], np.ones(len(few)), 0.95))
+    rate("--exclude of 1,000 images, rows", len(few), lambda: curate.resembling(few, x[:1000], 0.85))
+    sample = clusters.gather(x, np.sort(rng.choice(n, seeds, replace=False)))
+    tries = 2 + int(np.log(k))  # candidates for a centre; first_centres asks the generator for them
+    draw = SimpleNamespace(random=lambda m: rng.random(tries if m > 1 else 1))
+    rate("first centres, centres", 20, lambda: clusters.first_centres(sample, 20, draw))
+    centres = sample[:k].clone()
+    del sample
+    part = curate.Embeddings(file, np.arange(min(n, 20 * (clusters.CHUNK // k))), moments, device)
+    rate("a pass of k-means, rows", len(part), lambda: clusters.assign(part, centres))
+    labels, cosines = rng.integers(k, size=n), rng.random(n, dtype=np.float32)
+    rate("members nearest to centres, rows", n, lambda: clusters.nearest(labels, cosines, 5))
+    tree = [labels] + [rng.integers(b, size=a) for a, b in itertools.pairwise(levels)]
+    rate("sampling, rows", n, lambda: clusters.balanced_sample(
+        tree, clusters.capped(video, labels, 40, rng), n // 4, rng))
+    return rates
 
 
-class Candidates:
-    """A generator for first_centres that draws the candidates of a larger number of centres."""
-
-    def __init__(self, n):
-        import numpy as np
-        self.n, self.rng = n, np.random.default_rng(0)
-
-    def random(self, n):
-        return self.rng.random(self.n if n > 1 else 1)
-
-
-GPU = dict(name="H100 SXM", flops=989e12, bandwidth=3.35e12)  # its data sheet: dense bf16, HBM3
-
-
-def curate_table(rates, levels, size, how, args):
-    """Print rates as measured, and what they and counting say about --target-frames."""
-    import clusters
-    import curate
-
-    n, D = args.target_frames, how[3]
-    k, rounds, steps = curate.default_levels(n)[0], 3, 50
-    seeds, tries = min(n, max(clusters.SAMPLE, 4 * k)), 2 + int(math.log(k))
-    near = k * max(1, n // (2 * k))  # rows that a round of resampling clusters
-    most = steps + (rounds * (steps * near / n + 1) if near > k else 1)  # passes over all rows
-    scale = k / levels[0]  # a pass at the clusters of --target-frames, from one at those of --rows
-    file, GB = n * D * 2, 1e9
-    rows = [  # name, bytes read, FLOP, memory, seconds here, seconds on a GPU or None
-        ("quality", n * size, None, None, n / rates["quality"], None),
-        ("embeddings", n * size, None, None, n / rates["embeddings"], None),
-        ("near-duplicates", file, 2 * n * 32 * D, None, n / rates["near-duplicates"], None),
-        ("--exclude of 1,000 images", file, 2 * n * 1000 * D, None, n / rates["--exclude of 1,000 images"], None),
-        ("leaves: first centres, once", file * seeds / n, 2 * k * seeds * tries * D, seeds * D * 4,
-         k / rates["first centres"] * scale, k * seeds * D * 4 / GPU["bandwidth"]),
-        ("leaves: one pass of k-means", file, 2 * n * k * D, k * D * (8 + 4 + 4 + 2) + clusters.CHUNK * 4,
-         n / rates["k-means pass"] * scale, max(2 * n * k * D / GPU["flops"], 6 * n * k / GPU["bandwidth"])),
-        ("sampling", None, None, n * 8 * 4, n / rates["sampling"], None)]
-    first, one = rows[4], rows[5]
-    starts = 1 + rounds * (near > k)
-    rows.insert(6, (f"leaves in all: at most {most:.0f} passes, {starts} x first centres", most * file,
-                    *(None if a is None else starts * a + most * b for a, b in zip(first[2:3], one[2:3])), one[3],
-                    *(starts * a + most * b for a, b in zip(first[4:], one[4:]))))
-    cell = lambda value, unit, digits=0: "" if value is None else f"{value / unit:,.{digits}f}"
-    table(f"Curation of {n:,} frames, {how[0]} ({D} numbers), {args.workers} workers; rates measured here once, "
-          f"at {max(args.frames)} images of {size / 1e3:.0f} kB and {args.rows:,} random embeddings",
-          ["stage", "GB read", "TFLOP", "GB of memory", "hours here", f"hours on one {GPU['name']}, counted"],
-          [[name, cell(read, GB), cell(flop, 1e12), cell(memory, GB, 2), cell(here, 3600, 2), cell(gpu, 3600, 2)]
-           for name, read, flop, memory, here, gpu in rows])
-    table("Measured", ["stage", "per second"], [[name, f"{rate:,.1f}"] for name, rate in rates.items()])
-    print(f"\nEvery stage but k-means does the same work for each frame, whatever their number: hours here = frames / rate. A pass of "
-          f"k-means compares every frame with {k:,} leaves; how many passes it takes until the inertia falls by less than 1e-4 depends "
-          f"on the data, so the most is given: {steps} for the leaves and for each of {rounds} rounds of resampling. The levels above "
-          "cluster the leaves' centres: a hundredth of it. On the GPU, counted from its data sheet, nothing measured: the larger of "
-          "FLOP at its peak and bytes of the products (written once, read twice) or of the seeds at its bandwidth, a floor; "
-          "the passes over images stay on the CPU's cores.")
+def curate_counted(args, rates, size, how):
+    """Print what --of frames take: bytes and FLOP by counting, hours by the rates measured here, and the
+    least that a GPU takes by its data sheet."""
+    peak, bandwidth = 989e12, 3.35e12  # an H100 SXM's bf16 FLOP/s without sparsity, and bytes/s
+    n, D, rounds, steps = args.of, how[3], 3, 50
+    (k, *_), (k_here, *_) = curate.default_levels(n), curate.default_levels(args.rows)
+    seeds, seeds_here = (min(m, max(clusters.SAMPLE, 4 * j)) for m, j in ((n, k), (args.rows, k_here)))
+    tries, tries_here = 2 + int(np.log(k)), 2 + int(np.log(k_here))
+    per = max(1, n // (2 * k))  # members of a leaf that a round of resampling clusters
+    passes = steps + rounds * (steps * per * k / n + 1) if per > 1 else steps + 1
+    starts = 1 + rounds * (per > 1)
+    file = n * D * 2
+    rate = {name.partition(",")[0]: value for name, value in rates.items()}
+    took = {name: n / rate[name] for name in ("quality", "embeddings", "near-duplicates", "sampling")}
+    took |= {"exclude": n / rates["--exclude of 1,000 images, rows"],
+                "nearest": rounds * (per > 1) * n / rate["members nearest to centres"],
+                "first": k / rate["first centres"] * (seeds * tries) / (seeds_here * tries_here),
+                "pass": n / rate["a pass of k-means"] * k / k_here}
+    first_gpu = k * seeds * D * 4 / bandwidth  # the sample is read for every centre
+    pass_gpu = max(2 * n * k * D / peak, 3 * 2 * n * k / bandwidth)  # products: written, read twice
+    rows = [  # stage, GB read, TFLOP, GB of memory for one process, seconds here, seconds on a GPU
+        ("quality", n * size, 0, 0, took["quality"], 0),
+        ("embeddings", n * size, 0, 0, took["embeddings"], 0),
+        ("near-duplicates", file, 2 * n * 32 * D, 0, took["near-duplicates"], 0),
+        ("--exclude of 1,000 images", file, 2 * n * 1000 * D, 0, took["exclude"],
+         max(2 * n * 1000 * D / peak, file / bandwidth)),
+        ("first centres, once", seeds * D * 2, 2 * k * seeds * tries * D, seeds * D * 4,
+         took["first"], first_gpu),
+        ("a pass of k-means", file, 2 * n * k * D, k * D * (8 + 4 + 4 + 2) + 12 * n, took["pass"],
+         pass_gpu),
+        (f"leaves in all, at most: {starts} x first centres, {passes:.0f} passes", passes * file,
+         starts * 2 * k * seeds * tries * D + passes * 2 * n * k * D, 0,
+         starts * took["first"] + passes * took["pass"] + took["nearest"],
+         starts * first_gpu + passes * pass_gpu),
+        ("sampling", 0, 0, 0, took["sampling"], 0)]
+    cell = lambda value, unit, digits: f"{value / unit:,.{digits}f}" if value else ""
+    table(f"Curation of {n:,} frames of {size / 1e3:.0f} kB by the rates above; {how[0]}",
+          ["stage", "GB read", "TFLOP", "GB held", "hours here", "hours on one H100, at least"],
+          [[name, cell(read, 1e9, 0), cell(flop, 1e12, 0), cell(held, 1e9, 2), cell(here, 3600, 2),
+            cell(gpu, 3600, 3)] for name, read, flop, held, here, gpu in rows])
+    print(f"""
+Hours here = count / rate: each stage but k-means does the same work for a frame however many there
+are, and a pass compares each with {k:,} leaves (where fewer rows or leaves were measured, the hours
+grow as the FLOP do). How many passes k-means makes, until its inertia falls by less than a
+ten-thousandth, depends on the data. Given is the most: {steps} for the leaves, and {steps} over {per} members of
+each leaf in each of {rounds} rounds of resampling. The levels above cluster the leaves' centres, a
+hundredth of it. On the GPU: counted from its data sheet, not measured; the larger of FLOP at its peak
+and bytes at its bandwidth. Images are decoded on CPUs, every process its share.""")
 
 
 def main(argv=None):

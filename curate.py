@@ -63,7 +63,6 @@ QUALITY = {
 }
 REASONS = ("unreadable", *QUALITY, "near-duplicate", "excluded")  # codes 1, 2, ... ; 0 is kept
 SIDE = 128  # px of the thumbnails that scores and descriptor are computed on
-HIDDEN = {False: None, True: True}  # tqdm's `disable`: None shows a bar on terminals only
 BATCH = 256  # frames between two marks of progress of a pass over the images
 SAMPLE = 2 ** 16  # frames that the moments are taken from, however many there are
 
@@ -362,7 +361,8 @@ def duplicates(x, video, sharp, threshold, window=32):
     begins = np.append(np.flatnonzero(np.diff(video[order], prepend=-1)), len(x))
     ends = [begins[np.searchsorted(begins, len(x) * r // world())] for r in (rank(), rank() + 1)]
     order = order[slice(*ends)]
-    for part in tqdm(chunks(len(order), 4096), desc="near-duplicates", disable=HIDDEN[rank() > 0]):
+    parts = tqdm(chunks(len(order), 4096), desc="near-duplicates", disable=True if rank() else None)
+    for part in parts:
         for i, row in zip(order[part], x[order[part]].cpu().numpy()):
             if video[i] != current:
                 current, groups = video[i], 0
@@ -383,7 +383,7 @@ def resembling(x, others, threshold):
     threshold."""
     hit, others = np.zeros(len(x), np.uint8), Columns(others)
     parts = shares(len(x), width_of(others.x))
-    for part in tqdm(parts, desc="excluded", disable=HIDDEN[rank() > 0]):
+    for part in tqdm(parts, desc="excluded", disable=True if rank() else None):
         row, _, cosines = others.near(x[part], threshold)
         hit[part.start + row[cosines >= threshold].cpu().numpy()] = 1
     return add_up(hit).astype(bool)
@@ -524,8 +524,9 @@ def drop_duplicates(frames, scores, code, work, key, how, args):
         if args.exclude_videos:
             code[others] = 1 + REASONS.index("excluded")
         if rank() == 0:
-            print(f"--exclude {source}: {len(hit)} frames of {len(np.unique(frames.video_of[hit]))} videos "
-                  f"resemble one of its images; {len(others)} other good frames of these videos are "
+            videos = len(np.unique(frames.video_of[hit]))
+            print(f"--exclude {source}: {len(hit)} frames of {videos} videos resemble one of its images; "
+                  f"{len(others)} other good frames of these videos are "
                   + ("dropped with them" if args.exclude_videos else "kept"))
     left = code[good] == 0
     x = Embeddings(file, rows[left], x.moments, args.device)
@@ -539,8 +540,9 @@ def excluded(source, x, work, key, how, args):
     rows, found = np.arange(len(frames)), first_decides(lambda: fingerprint(frames, False))
     file, readable, found = embed(frames, rows, work, "excluded", found, how, args)
     if not readable.all():
-        raise ValueError(f"--exclude {source}: {frames.path(int(readable.argmin()))} cannot be read, so "
-                         "its near-duplicates cannot be found; repair it")
+        bad = frames.path(int(readable.argmin()))
+        raise ValueError(f"--exclude {source}: {bad} cannot be read, so its near-duplicates cannot be "
+                         "found; repair it")
     others, least = Embeddings(file, rows, x.moments, args.device)[:], args.exclude_similarity
     return stage(work, "excluded", (key, args.seed, found, least), lambda: {
         "hit": resembling(x, others, least)})["hit"]
@@ -570,8 +572,8 @@ def curate(args):
     cap = args.per_video or max(1, -(-4 * target // len(np.unique(video))))
     pool = capped(video, tree[0], cap, rng)
     if target > len(pool):
-        print(f"{target} frames asked, but only {len(pool)} are left under the cap of {cap} per video: "
-              "all of them are chosen")
+        print(f"{target} frames asked, but only {len(pool)} are left under the cap of {cap} per "
+              "video: all of them are chosen")
     chosen = rows[balanced_sample(tree, pool, target, rng)]
     return report(args, out, frames, code, tree, rows, chosen, {
         "embedding": how[0], "clusters": levels, "target": target, "cap per video": cap,
@@ -599,7 +601,9 @@ def flags():
         action="append", metavar="LIST_OR_FOLDER")
     add("--exclude-similarity", "cosine from which a frame resembles one of those",
         type=float, default=0.85)
-    add("--exclude-videos", "drop the whole video of which one frame is excluded",
+    add("--exclude-videos", "drop the whole video of which one frame is excluded. Not by default: of 36 "
+        "colonoscopies it drops 3 by the fixed descriptor, 13 by a ViT-S/14, against two polyp sets of "
+        "other hospitals, where no hit is true",
         action=argparse.BooleanOptionalAction, default=False)
     add("--duplicate", "cosine from which two frames of a video are one", type=float, default=0.95)
     add("--window", "groups of its video that a frame is compared with", type=int, default=32)

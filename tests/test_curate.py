@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter
 
+import bench
 import clusters
 import curate
 import data
@@ -578,3 +579,12 @@ def test_frames_in_shards_give_the_manifest_of_their_folders(planted, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-30000])
     with pytest.raises(SystemExit, match="video2.tar: cut short"):
         run(tmp_path / "packed", tmp_path / "torn", "--target", 8)
+
+
+def test_bench_counts_what_ten_million_frames_take(capsys):
+    bench.main(["curate", "--rows", "3000", "--frames", "8", "--workers", "0"])
+    rows = {cells[1].strip(): cells[2:] for cells in map(lambda line: line.split("|"), capsys.readouterr().out.splitlines())
+            if len(cells) == 8}
+    read, flop, _, hours, _, _ = rows["a pass of k-means"]
+    assert float(read) == 9 and float(flop) == 864 and float(hours) > 0  # 2 bytes, 2 * 1e7 * 1e5 FLOP, of 432 numbers
+    assert [name for name in rows if "4 x first centres, 128 passes" in name]  # 50 + 3 (50 / 2 + 1)

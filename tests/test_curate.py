@@ -16,6 +16,7 @@ import bench
 import clusters
 import curate
 import data
+import images
 import synthetic
 import vit
 
@@ -482,7 +483,7 @@ def test_damaged_work_files_are_computed_again_and_named(planted, tmp_path, monk
 def test_a_failing_disk_is_no_bad_frame(planted, tmp_path, monkeypatch):
     """Six failed opens were six missing frames for ever: now the run ends, nothing is marked, and it goes on."""
     monkeypatch.setattr(curate, "BATCH", 16)
-    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr(images, "PAUSE", 0)
     run(planted, tmp_path / "whole", "--target", 8)
     real, failures = data.open_file, []
 
@@ -493,7 +494,7 @@ def test_a_failing_disk_is_no_bad_frame(planted, tmp_path, monkeypatch):
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "open_file", failing)
+        patch.setattr(images, "open_file", failing)
         with pytest.raises(SystemExit, match="03.jpg: Input/output error"):
             run(planted, tmp_path / "out", "--target", 8)
     assert len(failures) == 3

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 import augment
 import data
+import images
 import probe_segment
 
 RAMP = np.tile(np.arange(256, dtype=np.uint16), (64, 1))  # (64, 256)
@@ -154,7 +155,7 @@ def test_colours_of_16_bits_and_of_12_stored_in_16(tmp_path):
 
 
 def test_of_several_pictures_the_first_is_read_and_that_is_said_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "said", set())
+    monkeypatch.setattr(images, "said", set())
     pages = [scene(seed=k) for k in range(3)]
     for name in ("a.tif", "b.tif", "c.gif"):
         saved(tmp_path / name, pages[0], save_all=True, append_images=pages[1:])
@@ -245,7 +246,7 @@ def failing(monkeypatch, times, error):
             raise error
         return real(file, *args)
     monkeypatch.setattr(Image, "open", fails)
-    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr(images, "PAUSE", 0)
     return calls
 
 
@@ -297,7 +298,7 @@ def names(frames):
 @pytest.fixture
 def unsaid(monkeypatch):
     """Nothing has been said yet."""
-    monkeypatch.setattr(data, "said", set())
+    monkeypatch.setattr(images, "said", set())
 
 
 def test_what_systems_leave_behind_is_no_frame(tmp_path):

@@ -19,7 +19,10 @@ All randomness is a function of (seed, epoch, frame, crop) or, for masks, (seed,
 import functools
 import itertools
 import math
+import os
+import signal
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -157,18 +160,20 @@ class EpochSampler:
 
     The frames of all epochs stand in one endless line, each epoch in its own order, and step t takes the t-th piece of
     batch * world of them; a process takes its contiguous slice of the piece. So every frame is seen once per epoch, nothing is
-    dropped, a piece does not depend on the number of processes, and any step can be the first.
+    dropped, a piece does not depend on the number of processes, and any step can be the first. seen: how many frames of the line
+    lie behind step `start`, where the pieces before it had another size.
     """
 
-    def __init__(self, n, batch, seed=0, rank=0, world=1, start=0, stop=None):
+    def __init__(self, n, batch, seed=0, rank=0, world=1, start=0, stop=None, seen=None):
         self.n, self.batch, self.seed, self.rank, self.world, self.start, self.stop = n, batch, seed, rank, world, start, stop
+        self.seen = start * batch * world if seen is None else seen
 
     def __iter__(self):
         order = functools.lru_cache(2)(lambda epoch: stream(self.seed, ORDER, epoch).permutation(self.n))
         for step in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
-            keys = []
+            keys, seen = [], self.seen + (step - self.start) * self.batch * self.world
             for slot in range(self.rank * self.batch, (self.rank + 1) * self.batch):
-                epoch, place = divmod(step * self.batch * self.world + slot, self.n)
+                epoch, place = divmod(seen + slot, self.n)
                 keys.append((step, slot, epoch, int(order(epoch)[place])))
             yield keys
 
@@ -260,10 +265,21 @@ def collate(batch, masks):
     return batch | {"masks": masks, "masked": masks.flatten().nonzero().squeeze(1)}  # (M,)
 
 
-def loader(multicrop, sampler, masks, workers=4, pin=False):
-    """DataLoader of one batch per step."""
-    return torch.utils.data.DataLoader(multicrop, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin,
-                                       collate_fn=functools.partial(collate, masks=masks))
+def loader(multicrop, sampler, masks, workers=4, pin=False, lifeline=None):
+    """DataLoader of one batch per step. lifeline: (reader, writer) of a multiprocessing.Pipe, see outlive_signals."""
+    return torch.utils.data.DataLoader(
+        multicrop, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin,
+        collate_fn=functools.partial(collate, masks=masks),
+        worker_init_fn=lifeline and functools.partial(outlive_signals, *lifeline))
+
+
+def outlive_signals(reader, writer, worker):
+    """In a worker: no signal ends it, for one to the whole group of processes would take the batches from a trainer
+    that has yet to save. It ends when the trainer closes `writer`, or dies: then no end of the pipe is open for writing."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    writer.close()
+    threading.Thread(target=lambda: (reader.poll(None), os._exit(0)), daemon=True).start()
 
 
 class Skipped:

@@ -1,13 +1,22 @@
-"""Stop and go on: the checkpoint of a run (last.pt), what may change between it and the run that goes on, and the exports.
+"""Stop and go on: the run folder and its lock, the checkpoint of a run (last.pt), what may change between it and the run
+that goes on, and the exports.
 
-One file whatever the number of processes and shards, written whole or not at all, and read as tensors and plain values.
+One file whatever the number of processes and shards, written whole or not at all beside the training, and read as tensors
+and plain values. Process 0 alone decides, reads and writes; the others need not see its disk.
 """
 import argparse
 import contextlib
+import functools
+import hashlib
+import itertools
 import json
 import math
+import operator
 import os
 import pathlib
+import shutil
+import threading
+import time
 
 import numpy as np
 import torch
@@ -19,29 +28,188 @@ import vit
 from dino import make_schedules
 
 MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it; the others may not
-    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "threads", "device", "compile", "shard", "checkpoint_activations",
-    "save_every", "export_every", "log_every", "max_skips", "probe_every", "probe_data", "probe_task"}
+    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "threads", "device", "compile", "shard",
+    "checkpoint_activations", "save_every", "export_every", "log_every", "max_skips", "probe_every", "probe_data",
+    "probe_task"}
+ANY_MACHINE = {"data", "frames", "out", "init", "workers", "threads"}  # arguments that may differ between the machines of one run
+OF_A_RUN = ("args.json", "log.jsonl", "last.pt", "best.pt", "teacher_*.pt", "nonfinite_*.pt")
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------
+# --- all processes, one verdict -------------------------------------------------------------------------------------------
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value):
+    """[value of process 0, value of process 1, ...] in every process."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(work):
+    """work()'s result in each process; where it ends with a sentence in one of them, all end and process 0 prints it."""
+    result = sentence = None
+    try:
+        result = work()
+    except SystemExit as end:
+        sentence = end.code
+    ends = [end for end in gather(sentence) if end is not None]
+    if ends:
+        raise SystemExit(ends[0] if rank() == 0 else 1)
+    return result
+
+
+def on_rank_0(work):
+    """The result of work() in process 0, for all; where it ends with a sentence, all end."""
+    shared = [together(lambda: work() if rank() == 0 else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def anywhere(device, *flags):
+    """For each flag whether it holds in any process."""
+    flags = torch.tensor([float(bool(flag)) for flag in flags], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flags)
+    return (flags > 0).tolist()
+
+
+def check_agreement(args, model):
+    """End with one sentence where processes would train on different frames, with different arguments or weights: they
+    would hang, or learn nonsense together."""
+    given = {k: v for k, v in plain(args).items() if k not in ANY_MACHINE }
+    small = [t.detach().float().flatten() for t in model.state_dict().values() if t.numel() <= 65536]
+    mine = {"--data": (args.n_frames, args.frame_names), "arguments": given,
+            "first weights (--init)": digest(torch.cat(small).cpu().numpy())}
+    everyone = gather(mine)
+    for number, other in enumerate(everyone):
+        for what, value in other.items():
+            if value != everyone[0][what]:
+                sentence = f"process {number} differs from process 0 in its {what}: {difference(everyone[0][what], value)}"
+                raise SystemExit(sentence if rank() == 0 else 1)
+
+
+def difference(a, b):
+    if isinstance(a, dict):
+        a, b = ({k: v for k, v in x.items() if v != y.get(k)} for x, y in ((a, b), (b, a)))
+    return f"{b} instead of {a}; give all the same"
+
+
+def digest(*arrays):
+    """A short name for the contents of arrays or bytes."""
+    found = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        found.update(array)
+    return found.hexdigest()
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_folder(args):
+    """--out, which no other process writes to meanwhile; leavings of killed runs are gone. With --resume no an older run in it
+    is moved aside."""
+    out = pathlib.Path(args.out)
+    with contextlib.ExitStack() as held:
+        on_rank_0(lambda: take_folder(out, args, held))
+        yield out
+
+
+def take_folder(out, args, held):
+    import fcntl  # here, as Windows has none and should still read --help
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context(open(out / ".lock", "w"))
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's not inherited by workers, who may outlive us
+    except (BlockingIOError, PermissionError) as error:
+        raise SystemExit(f"another process is writing to {out}: wait for it, end it, or give another --out") from error
+    except OSError as error:
+        print(f"{out} cannot be locked ({error.strerror}): see to it that no other run writes there")
+    for leaving in out.glob(".*.tmp*"):
+        leaving.unlink()
+    old = [file for pattern in OF_A_RUN for file in out.glob(pattern)]
+    if args.resume == "no" and old:
+        aside = next(folder for n in itertools.count(1) if not (folder := out / f"old-{n}").exists())
+        aside.mkdir()
+        for file in old:
+            file.rename(aside / file.name)
+        print(f"--resume no: the run that was in {out} is in {aside} now")
+
+
+def check_room(args, model):
+    """Fail before the first step, not at a later save, when the run folder cannot take what the run will write."""
+    out = pathlib.Path(args.out)
+    state = 4 * 4 * sum(p.numel() for p in model.student.parameters())  # float32 student, teacher, two moments
+    export = 4 * sum(p.numel() for p in model.student["backbone"].parameters())
+    exports = (args.steps - 1) // args.export_every + 1 if args.export_every else 1
+    exports = max(0, exports - len(list(out.glob("teacher_*.pt")))) + bool(args.probe_every)  # best.pt
+    need = exports * export + state * (1 if (out / "last.pt").exists() else 2)  # the old one stays until the new one is whole
+    trial = out / f".trial.tmp{os.getpid()}"
+    try:
+        trial.write_bytes(bytes(4096))
+        free = shutil.disk_usage(out).free
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+    finally:
+        trial.unlink(missing_ok=True)
+    if free < need:
+        raise SystemExit(f"--out {out} has {readable(free)} free and the run will write {readable(need)}: last.pt of "
+                         f"{readable(state)}, twice while it is replaced, and {exports} times a backbone of "
+                         f"{readable(export)}; make room, raise --export-every or choose another folder")
+
+
+def readable(size):
+    """A number of bytes in words."""
+    unit = min(4, int(math.log(max(size, 1), 1024)))
+    return f"{size / 1024**unit:.{1 if unit else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------------
 
 
 def whole(state):
-    """A state dict on the CPU with every shard gathered; all processes must call it."""
-    return {k: (v.detach().full_tensor() if isinstance(v, DTensor) else v.detach()).cpu() for k, v in state.items()}
+    """Copies on the CPU of a state dict's tensors, every shard gathered, in process 0. The others, who must call it too, take
+    part in the gathering and keep nothing: a machine of eight would hold the model eight times."""
+    copies = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if rank() == 0:
+            copies[name] = tensor.to("cpu", copy=True)
+    return copies
 
 
-def save_checkpoint(path, model, optimizer, progress, args, rank=0):
-    """Everything needed to go on, in one file whatever the number of processes: {"format", "student", "teacher", "centers",
-    "optimizer": {parameter: {"step", "exp_avg", "exp_avg_sq"}}, "args", **progress}. The teacher stands in it as in a DINOv2
-    training checkpoint, so load_backbone reads it. The old file stays until the new one is complete."""
-    state = {"format": "endodino-run-1", "args": plain(args), **progress,
-             "student": whole(model.student.state_dict()), "teacher": whole(model.teacher.state_dict()),
-             "centers": {"dino": model.dino_center.cpu(), "ibot": model.ibot_center.cpu()},
-             "optimizer": {name: whole(optimizer.state[p]) for name, p in model.student.named_parameters() if p in optimizer.state}}
-    if rank == 0:
-        with writing(path):
-            vit.atomic_save(state, path)
+def snapshot(model, optimizer, progress, args):
+    """Everything needed to go on, in process 0: {"format", "student", "teacher", "centers", "optimizer": {parameter: {"step",
+    "exp_avg", "exp_avg_sq"}}, "args", **progress}. All must call it. The teacher stands in it as in a DINOv2 training
+    checkpoint, so load_backbone reads it."""
+    return {"format": "endodino-run-1", "args": plain(args), **progress,
+            "student": whole(model.student.state_dict()), "teacher": whole(model.teacher.state_dict()),
+            "centers": whole({"dino": model.dino_center, "ibot": model.ibot_center}),
+            "optimizer": {name: whole(optimizer.state[p]) for name, p in model.student.named_parameters()
+                          if p in optimizer.state}}
+
+
+def plain_teacher(model, args):
+    """The teacher's backbone, whole and on the CPU, in process 0 and None in the others; all must call it."""
+    state = whole(model.teacher["backbone"].state_dict())
+    if rank():
+        return None
+    with torch.device("meta"):
+        backbone = vit.build_vit(args.arch, image_size=14 * math.isqrt(state["pos_embed"].shape[1] - 1))
+    backbone.load_state_dict(state, assign=True)
+    return backbone.eval()
 
 
 @contextlib.contextmanager
@@ -52,77 +220,110 @@ def writing(path):
         raise SystemExit(f"cannot write {path}: {error.strerror or error}; what lay there before is untouched") from error
 
 
-def save_teacher(path, model, args, step, rank):
-    """Write the teacher's backbone in our format and, as a bare state dict like DINOv2's files."""
-    backbone = plain_teacher(model, args)
-    if rank == 0:
-        with writing(path):
-            vit.save_backbone(path, backbone, args.arch, step, plain(args))
-            vit.atomic_save(backbone.state_dict(), path.with_name(path.stem + "_dinov2.pth"))
+class Saver:
+    """Writes last.pt and the exports beside the training, from copies in memory, one file at a time. All processes call the
+    same methods; process 0 writes. What goes wrong is told to `trouble`, the run's list of sentences."""
+
+    def __init__(self, args, step, trouble):
+        self.args, self.out, self.trouble = args, pathlib.Path(args.out), trouble
+        self.saved, self.clock = step, time.monotonic()  # the step of the newest last.pt, and when it was made
+        self.thread, self.failed = None, False
+
+    def due(self, step):
+        """Whether to write last.pt after `step` steps. Only process 0 knows: its clock decides for all."""
+        every = self.args.save_every
+        if rank() or step == self.saved:
+            return False
+        if isinstance(every, int):
+            return step % every == 0
+        busy = self.thread is not None and self.thread.is_alive()
+        return not busy and time.monotonic() - self.clock >= 60 * float(every[:-1])
+
+    def save(self, model, optimizer, progress):
+        if progress["step"] == self.saved:
+            return
+        self.wait()  # before there is another copy
+        self.saved, self.clock, path = progress["step"], time.monotonic(), self.out / "last.pt"
+        state = snapshot(model, optimizer, progress, self.args)
+        self.write(path, lambda: vit.atomic_save(state, path))
+
+    def export(self, model, step):
+        """The teacher's backbone in our format, as teacher_<step>.pt."""
+        backbone, path = plain_teacher(model, self.args), self.out / f"teacher_{step}.pt"
+        self.write(path, lambda: vit.save_backbone(path, backbone, self.args.arch, step, plain(self.args)))
+
+    def write(self, path, save):
+        """save() in a thread of process 0, once the file before is written. After a failure nothing more is."""
+        if rank():
+            return
+        self.wait()
+        if not self.failed:
+            self.thread = threading.Thread(target=self.attempt, args=(path, save))
+            self.thread.start()
+
+    def attempt(self, path, save):
+        try:
+            with writing(path):
+                save()
+        except BaseException as error:  # in a thread it would go unnoticed
+            self.failed = True
+            self.trouble.append(str(error))
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
 
 
-def plain_teacher(model, args):
-    """The teacher's backbone, whole and on the CPU, in every process; all must call it."""
-    state = whole(model.teacher["backbone"].state_dict())
-    with torch.device("meta"):
-        backbone = vit.build_vit(args.arch, image_size=14 * math.isqrt(state["pos_embed"].shape[1] - 1))
-    backbone.load_state_dict(state, assign=True)
-    return backbone.eval()
-
-
-def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths, rank):
-    """Keep what is needed to look at a step that was not finite and not applied; stop when there were too many."""
-    frames = [paths]
-    if dist.is_initialized():
-        frames = [None] * dist.get_world_size()
-        dist.all_gather_object(frames, paths)
+def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths):
+    """Keep what is needed to look at the last step that was not finite and not applied; stop when there were too many."""
     path = pathlib.Path(args.out) / f"nonfinite_{progress['step']}.pt"
     found = {k: float(v) for k, v in {**terms, **{f"grad_norm_{k}": v for k, v in norms.items()}}.items()}
-    save_checkpoint(path, model, optimizer, {**progress, "frames": frames, "found": found}, args, rank)
-    message = (f"step {progress['step']}: not finite ({', '.join(f'{k} {v:g}' for k, v in found.items() if not math.isfinite(v))}); "
-               f"the step was not applied; its frames and the state before it are in {path}")
+    state = snapshot(model, optimizer, {**progress, "frames": gather(paths), "found": found}, args)
+
+    def write():
+        with writing(path):
+            vit.atomic_save(state, path)
+            for older in set(path.parent.glob("nonfinite_*.pt")) - {path}:
+                older.unlink()
+    on_rank_0(write)
+    bad = ", ".join(f"{k} {v:g}" for k, v in found.items() if not math.isfinite(v))
+    message = (f"step {progress['step']}: not finite ({bad}); the step was not applied; its frames and the state before it "
+               f"are in {path}")
     if progress["skips"] > args.max_skips:
-        raise SystemExit(message + "; look at the frames, lower --lr, or raise --max-skips" if rank == 0 else 1)
-    if rank == 0:
+        raise SystemExit(message + "; look at the frames, lower --lr, or raise --max-skips" if rank() == 0 else 1)
+    if rank() == 0:
         tqdm.write(message + f"; skipped ({progress['skips']} of at most {args.max_skips})")
 
 
-def check_room(args, model):
-    """Fail before the first step, not at the first save, when the run folder cannot take the checkpoints."""
-    out = pathlib.Path(args.out)
-    need = 4 * 4 * sum(p.numel() for p in model.student.parameters())  # student, teacher, two moments
-    need *= 1 if (out / "last.pt").exists() else 2  # the old file stays until the new one is complete
-    trial = out / f".room{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(trial, "wb") as f:
-            os.posix_fallocate(f.fileno(), 0, need)
-    except OSError as error:
-        raise SystemExit(f"--out {out} cannot take a checkpoint of {need / 2**20:.0f} MiB: {error.strerror}; "
-                         "make room or choose another folder") from error
-    finally:
-        trial.unlink(missing_ok=True) if out.is_dir() else None
-
-
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- going on -------------------------------------------------------------------------------------------------------------
 
 
 def resume(model, optimizer, args, global_batch, say):
-    """Where the run stands: {"step": steps done, "skips", "best", "global_batch"}; model and optimiser filled if it goes on."""
-    progress = {"step": 0, "skips": 0, "best": -math.inf, "global_batch": global_batch}
-    path = run_file(args)
-    if path is None:
-        return progress
-    state = read_run(path)
-    say(*check_same_run(state["args"], args, path), sep="\n", end="")
-    load_checkpoint(path, model, optimizer, state)
-    progress |= {key: state[key] for key in ("step", "skips", "best")}
-    if progress["step"] > args.steps:
-        raise SystemExit(f"{path} has already done {progress['step']} steps, more than --steps {args.steps}")
-    say(f"going on from {path} after step {progress['step']} of {args.steps}")
-    old = make_schedules(argparse.Namespace(**state["args"]), state["global_batch"])
-    say(*schedule_changes(old, make_schedules(args, global_batch), progress["step"]), sep="\n", end="")
-    return progress
+    """Where the run stands: {"step": steps done, "seen": frames seen, "skips", "best", "probe": what `best` was measured on,
+    "global_batch"}; model and optimiser are filled if it goes on. Process 0 decides and reads."""
+    begin = {"step": 0, "seen": 0, "skips": 0, "best": -math.inf, "probe": None}
+    state = {}  # the file's contents, in process 0
+
+    def read():
+        path = run_file(args)
+        if path is None:
+            return begin, None
+        state.update(read_run(path))
+        say(*check_same_run(state["args"], args, path), sep="\n", end="")
+        for part in ("student", "teacher"):
+            vit.check_same_tensors(getattr(model, part).state_dict(), state[part], path)
+        if state["step"] > args.steps:
+            raise SystemExit(f"{path} has already done {state['step']} steps, more than --steps {args.steps}")
+        say(f"going on from {path} after step {state['step']} of {args.steps}")
+        old = make_schedules(argparse.Namespace(**state["args"]), state["global_batch"])
+        say(*schedule_changes(old, make_schedules(args, global_batch), state["step"]), sep="\n", end="")
+        state.setdefault("seen", state["step"] * state["global_batch"])  # files of older versions
+        return ({key: state.get(key, value) for key, value in begin.items()},
+                {name: list(moments) for name, moments in state["optimizer"].items()})
+    progress, moments = on_rank_0(read)
+    if moments is not None:
+        load_checkpoint(model, optimizer, state, moments)
+    return {**progress, "global_batch": global_batch}
 
 
 def run_file(args):
@@ -130,18 +331,24 @@ def run_file(args):
     last = pathlib.Path(args.out) / "last.pt"
     if args.resume == "no" or args.resume == "auto" and not last.exists():
         return None
-    return last if args.resume == "auto" else pathlib.Path(args.resume)
+    path = last if args.resume == "auto" else pathlib.Path(args.resume)
+    if last.exists() and path.parent.resolve() != last.parent.resolve():
+        raise SystemExit(f"--resume {path}: another run is in {last.parent}, whose last.pt would be lost; give another --out, "
+                         "or --resume auto to go on with that one")
+    return path
 
 
 def stored_size(args):
     """Side in pixels of the position embedding of the run that goes on; None if it begins anew."""
-    path = run_file(args)
-    return path and 14 * math.isqrt(read_run(path)["student"]["backbone.pos_embed"].shape[1] - 1)
+    def read():
+        path = run_file(args)
+        return path and 14 * math.isqrt(read_run(path)["student"]["backbone.pos_embed"].shape[1] - 1)
+    return on_rank_0(read)
 
 
 def read_run(path):
     try:
-        state = vit.read_checkpoint(path)
+        state = vit.read_checkpoint(path, mmap=True)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--resume: {error}") from error
     if not isinstance(state, dict) or state.get("format") != "endodino-run-1":
@@ -149,31 +356,35 @@ def read_run(path):
     return state
 
 
-def fill(tensor, value):
-    """Copy a whole CPU tensor into a tensor or into the shards of one."""
-    if isinstance(tensor, DTensor):
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)
-
-
 @torch.no_grad()
-def load_checkpoint(path, model, optimizer, state=None):
-    """Fill model and optimiser from save_checkpoint's file, every name and shape of which must fit; returns its contents."""
-    state = state or read_run(path)
-    for module, saved in ((model.student, state["student"]), (model.teacher, state["teacher"])):
-        current = module.state_dict()
-        vit.check_same_tensors(current, saved, path)
-        for name, tensor in current.items():
-            fill(tensor, saved[name])
-    model.dino_center.copy_(state["centers"]["dino"])
-    model.ibot_center.copy_(state["centers"]["ibot"])
+def load_checkpoint(model, optimizer, state, moments):
+    """Fill model and optimiser in every process from a checkpoint's contents, which process 0 has; the others' are {}.
+    moments: {parameter: names of its tensors in the optimiser}."""
+    def at(*keys):
+        return functools.reduce(operator.getitem, keys, state) if state else None
+    for part in ("student", "teacher"):
+        for name, tensor in getattr(model, part).state_dict().items():
+            fill(tensor, at(part, name))
+    fill(model.dino_center, at("centers", "dino"))
+    fill(model.ibot_center, at("centers", "ibot"))
     for name, p in model.student.named_parameters():
-        if name in state["optimizer"]:
-            moments = state["optimizer"][name]
-            optimizer.state[p] = {k: torch.zeros_like(p) if k != "step" else torch.zeros((), device=p.device) for k in moments}
-            for k, value in moments.items():
-                fill(optimizer.state[p][k], value)
-    return state
+        for key in moments.get(name, ()):
+            tensor = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+            fill(tensor, at("optimizer", name, key))
+            optimizer.state[p][key] = tensor
+
+
+def fill(tensor, value):
+    """Give a tensor, or the shards of one, the whole CPU tensor `value` of process 0."""
+    if isinstance(tensor, DTensor):
+        value = torch.empty(tensor.shape) if value is None else value
+        value = value.to(tensor.device, tensor.dtype)
+        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))  # process 0 scatters its own
+        return
+    if value is not None:
+        tensor.copy_(value)
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
 
 
 def plain(args):
@@ -187,12 +398,17 @@ def check_same_run(saved, args, path):
     The number type is what the matrix products were computed in; with the same --precision auto it may be another one on
     another machine."""
     now = plain(args)
+    known = saved.get("frame_names")  # not in files of older versions
+    if known and known != now["frame_names"] and saved["n_frames"] == now["n_frames"]:
+        raise SystemExit(f"{path} was trained on {now['n_frames']} frames and so many are here, but of other names; give the "
+                         "same --data and --frames, or another --out with --init to start from its weights")
     same_type = saved.get("number_type") == now["number_type"]
-    may_change = MAY_CHANGE | {"number_type"} | ({"precision"} if same_type else set())
+    may_change = MAY_CHANGE | {"frame_names", "number_type"} | ({"precision"} if same_type else set())
     differ = [f"  {k}: {saved.get(k)} in the checkpoint, {now.get(k)} asked for" for k in sorted(saved.keys() | now.keys())
               if k not in may_change and saved.get(k) != now.get(k)]
     if differ:
-        raise SystemExit(f"{path} was made with other arguments; give the same ones, another --out, or --resume no:\n" + "\n".join(differ))
+        raise SystemExit(f"{path} was made with other arguments; give the same ones, another --out, or --resume no:\n"
+                         + "\n".join(differ))
     if same_type or "number_type" not in saved:
         return []
     return [f"matrix products were in {saved['number_type']} until now; --precision auto chooses {now['number_type']} here\n"]
@@ -207,10 +423,26 @@ def schedule_changes(old, new, step):
         f"  {name}: {old[name][at[0]]:.4g} -> {new[name][at[1]]:.4g}" for name in new]
 
 
+def reset_best(progress, measured, say):
+    """Forget the best score where the probe's task or frames are others than those that it was measured on."""
+    if measured and progress["probe"] != measured:
+        if progress["best"] > -math.inf:
+            say("the probe's task or frames are not those of the checkpoint: best.pt begins anew")
+        progress |= {"best": -math.inf, "probe": measured}
+
+
 def cut_log(path, step):
-    """Drop the lines of steps that will be made again, and a last line that a kill tore."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        os.replace(temporary, path)
+    """Drop the lines of steps that will be made again, a last line that a kill tore, and lines that are no records."""
+    if not path.exists():
+        return
+    lines, garbage = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            keep = line.endswith(b"\n") and json.loads(line)["step"] < step
+        except (ValueError, TypeError, KeyError):
+            keep, garbage = False, garbage + 1
+        lines += [line] if keep else []
+    if garbage:
+        print(f"{path}: {garbage} lines are no records of a step and are left out")
+    with vit.replacing(path) as temporary:
+        temporary.write_bytes(b"".join(lines))

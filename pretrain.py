@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -33,7 +34,8 @@ import data
 import dino_loss as losses
 import synthetic
 import vit
-from checkpoint import check_room, cut_log, keep_nonfinite, plain, plain_teacher, resume, save_checkpoint, save_teacher, stored_size
+from checkpoint import (Saver, anywhere, check_agreement, check_room, cut_log, digest, keep_nonfinite, on_rank_0, plain,
+                        plain_teacher, reset_best, resume, run_folder, stored_size, together, writing)
 from dino import DINOv2, clip_gradients, cosine_schedule, everywhere, make_schedules, param_groups, train_step  # noqa: F401
 
 # One row per recipe; every entry is the default of the flag of that name. Warm-ups and freezes are fractions of --steps.
@@ -133,8 +135,9 @@ def parse(argv=None):
     box = parser.add_argument_group("run").add_argument
     box("--out", help="run folder; runs/<arch>-<recipe> if not given")
     box("--resume", default="auto", help="auto = from last.pt in the run folder if there is one; no = begin anew; or a file")
-    box("--save-every", type=int, default=argparse.SUPPRESS, help="steps between two last.pt; a tenth of --steps and at most 500 if not given")
-    box("--export-every", type=int, default=5000, help="steps between two teacher_<step>.pt; 0 = only at the end")
+    box("--save-every", type=interval, default="10m", help="time between two last.pt: minutes with an m, or a number of steps")
+    box("--export-every", type=int, default=argparse.SUPPRESS, help="steps between two teacher_<step>.pt; 0 = only at the end; not "
+        "given, 5000 or a fiftieth of --steps, whichever is more")
     box("--log-every", type=int, default=10, help="steps between two lines of log.jsonl")
     box("--max-skips", type=int, default=0, help="steps with a non-finite loss or gradient that are skipped before the run stops")
     box("--probe-every", type=int, default=0, help="steps between two scores of the teacher on labelled frames; 0 = never")
@@ -149,6 +152,13 @@ def parse(argv=None):
     box("--shard", action="store_true", help="FSDP2 instead of DDP, for a model that does not fit one GPU")
     box("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: a third slower, far less memory")
     return complete(parser, parser.parse_args(argv))
+
+
+def interval(text):
+    """A number of steps as an int, or minutes as they are written: "10m"."""
+    if float(text.removesuffix("m")) <= 0:
+        raise ValueError
+    return text if text.endswith("m") else int(text)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -176,12 +186,12 @@ def complete(parser, args):
         row |= {key: RECIPES["demo"][key] for key in SHRINK_ON_CPU}
     args = argparse.Namespace(**{**row, **given})
     args.workers, args.threads = share_cores(cores(), args.device != "cpu", threads_set(), given.get("workers"))
-    args.save_every = given.get("save_every", min(500, max(1, args.steps // 10)))
+    args.export_every = given.get("export_every", max(5000, math.ceil(args.steps / 50)))
     args.out = args.out or f"runs/{args.arch}-{args.recipe}"
     for name in ("global_size", "local_size"):
         if getattr(args, name) % 14 or getattr(args, name) < 28:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: crops are squares of 14 px patches, so a multiple of 14 from 28 up")
-    for name in ("steps", "batch", "local_crops", "prototypes", "save_every", "log_every"):
+    for name in ("steps", "batch", "local_crops", "prototypes", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
@@ -240,7 +250,8 @@ def open_frames(args, say):
         frames = data.Frames(root, only=args.frames)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--data {root}: {error}") from error
-    args.n_frames = len(frames)  # a checkpoint knows how many frames its sampler walked through
+    args.n_frames = len(frames)  # a checkpoint knows which frames its sampler walked through
+    args.frame_names = digest(frames.blob, frames.ends)
     return frames
 
 
@@ -322,24 +333,42 @@ def autocast_for(args, device):
     return vit.autocast(device, vit.precision(device, args.precision))
 
 
-def make_batches(args, frames, start, rank, world, device):
-    """Batches of this process from step `start` on, endless workers behind them."""
+def make_batches(args, frames, start, rank, world, device, seen=None, lifeline=None):
+    """Batches of this process from step `start` on, before which `seen` frames were seen. lifeline:
+    see augment.outlive_signals."""
     multicrop = augment.MultiCrop(
         frames, seed=args.seed, global_size=args.global_size, local_size=args.local_size,
         local_crops=args.local_crops, global_scale=tuple(args.global_scale),
         local_scale=tuple(args.local_scale), blur=args.blur, hue=args.hue,
         grayscale=args.grayscale, solarize=args.solarize, exact_decode=args.exact_decode)
-    sampler = augment.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps)
+    sampler = augment.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps,
+                                   seen)
     side = args.global_size // 14
     masks = augment.BlockMasks((side, side), args.batch * world, args.seed)
-    return iter(augment.loader(multicrop, sampler, masks, args.workers, pin=device.type == "cuda"))
+    return iter(augment.loader(multicrop, sampler, masks, args.workers, device.type == "cuda", lifeline))
 
 
-def next_batch(batches):
+def next_batch(batches, skipped, log, step, trouble):
+    """The next batch, or None: after the last step, or where there is none and `trouble` says why."""
     try:
-        return next(batches)
-    except data.BadImage as error:
-        raise SystemExit(str(error)) from error
+        with log.waiting():
+            raw = next(batches, None)
+        if raw and (unreadable := skipped.update(raw)):
+            log.write({"step": step, "unreadable": unreadable})
+        return raw
+    except SystemExit as end:  # too many unreadable frames
+        trouble.append(end.code)
+    except (OSError, data.BadImage) as error:
+        trouble.append(str(error).rpartition(f"{type(error).__name__}: ")[2])  # a worker's error brings its traceback
+    except RuntimeError as error:
+        if "shared memory" in str(error) or "No space left" in str(error):
+            trouble.append("the workers have no shared memory left for their batches (/dev/shm): give the container more, as "
+                           "docker run --shm-size=8g does, or take fewer --workers or a smaller --batch")
+        elif "DataLoader worker" in str(error):
+            trouble.append(f"a loader's worker died ({error}); if the machine was short of memory, take fewer --workers")
+        else:
+            raise
+    return None
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------
@@ -384,34 +413,52 @@ def collapse_warnings(stats, n_prototypes, rows):
     return warnings
 
 
-def probe(model, args, labelled, step, best, device, rank):
-    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far). Rank 0 works, others wait."""
+def probe(model, args, labelled, step, best, device, trouble):
+    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far). Process 0 works, the others
+    wait; what goes wrong is told to `trouble`."""
     import probe_mes  # lazily: training without a probe does not need it
-    backbone, metrics = plain_teacher(model, args), {}
-    if rank == 0:
-        metrics = probe_mes.online_score(backbone.to(device), labelled, device)
+    backbone = plain_teacher(model, args)
+
+    def score():
         name = "kappa" if args.probe_task == "mes" else "macro_f1"
-        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + f" (best {name} so far {best:.3f})")
+        try:
+            metrics = probe_mes.online_score(backbone.to(device), labelled, device)
+        except (OSError, ValueError) as error:
+            trouble.append(f"the probe of step {step}: {error}")
+            return None, best
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+                   + (f" (best {name} so far {best:.3f})" if best > -math.inf else f" (the first {name})"))
         if metrics[name] > best:
-            best = metrics[name]
-            vit.save_backbone(pathlib.Path(args.out) / "best.pt", backbone, args.arch, step, plain(args), metrics)
-    shared = [metrics, best]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=0)
-    return shared
+            path = pathlib.Path(args.out) / "best.pt"
+            try:
+                with writing(path):
+                    vit.save_backbone(path, backbone, args.arch, step, plain(args), metrics)
+            except SystemExit as end:
+                trouble.append(end.code)
+        return metrics, max(best, metrics[name])
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the probe's own workers inherit it, see augment.outlive_signals
+    try:
+        return on_rank_0(score)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 class Log:
     """log.jsonl and the progress bar, on rank 0; warns of a run that looks unwell. On resuming, what will be made again is cut."""
 
-    def __init__(self, out, args, start, world, rank):
-        self.args, self.world, self.rank, self.warned = args, world, rank, set()
+    def __init__(self, out, args, progress, world, rank, trouble):
+        self.args, self.world, self.rank, self.trouble, self.warned = args, world, rank, trouble, set()
         self.images = self.wait = 0.0
         self.clock = time.perf_counter()
-        self.bar = tqdm(total=args.steps * args.batch * world, initial=start * args.batch * world, unit="img", disable=rank != 0)
-        if rank == 0:
+        on_rank_0(lambda: self.open(out, progress["step"]))
+        seen, left = progress["seen"], (args.steps - progress["step"]) * args.batch * world
+        self.bar = tqdm(total=seen + left, initial=seen, unit="img", disable=rank != 0)
+
+    def open(self, out, start):
+        with writing(out / "log.jsonl"):
             cut_log(out / "log.jsonl", start)
-            (out / "args.json").write_text(json.dumps(plain(args), indent=1) + "\n")
+            (out / "args.json").write_text(json.dumps(plain(self.args), indent=1) + "\n")
             self.file = open(out / "log.jsonl", "a", buffering=1)
 
     @contextlib.contextmanager
@@ -448,12 +495,17 @@ class Log:
 
     def write(self, line):
         if self.rank == 0:
-            self.file.write(json.dumps(line) + "\n")
+            try:
+                with writing(self.file.name):
+                    self.file.write(json.dumps(line) + "\n")
+            except SystemExit as end:
+                self.trouble.append(end.code)
 
     def close(self):
         self.bar.close()
         if self.rank == 0:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a line that could not be written
+                self.file.close()
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -462,66 +514,92 @@ class Log:
 def main(argv=None):
     args, threads = parse(argv), torch.get_num_threads()
     device, rank, world = start(args)
-    stop = []  # names of the signals that asked for the end; a second one is obeyed at once
-    handlers = {s: signal.signal(s, lambda number, frame: (stop.append(signal.Signals(number).name), signal.signal(number, signal.SIG_DFL)))
-                for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        run(args, device, rank, world, stop)
+        with asked_to_stop() as stop:
+            run(args, device, rank, world, stop)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def asked_to_stop():
+    """Names of the signals that ask for the end, as they come; the run then saves and ends. One request may come twice: from
+    torchrun, and to the whole group of processes. A second SIGINT ends at once, and so does what comes 5 s after the first."""
+    asked, times = [], []
+
+    def note(number, frame):
+        asked.append(signal.Signals(number).name)
+        times.append(time.monotonic())
+        if asked.count("SIGINT") > 1 or times[-1] - times[0] > 5:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def run(args, device, rank, world, stop):
-    """Train from the first step, or from the checkpoint's, to the last one or until a signal has filled `stop`."""
+    """Train from the first step, or from the checkpoint's, to the last one, until a signal has filled `stop`, or until a process
+    is in trouble. Whatever ends the run, all processes end together after the same step, and last.pt is written."""
     say = print if rank == 0 else lambda *words, **how: None
-    out = pathlib.Path(args.out)
-    frames = open_frames(args, say)
-    model = build_model(args, say)
-    if rank == 0:
-        check_room(args, model)
-    wrapped = distribute(model, args, device, world)
-    optimizer, autocast = make_optimizer(model, args), autocast_for(args, device)
-    progress = resume(model, optimizer, args, args.batch * world, say)
-    schedules = make_schedules(args, args.batch * world)
-    describe(args, model, frames, world, say)
-    labelled = open_probe(args, say)
-    batches, skipped = make_batches(args, frames, progress["step"], rank, world, device), augment.Skipped(frames, world)
-    log = Log(out, args, progress["step"], world, rank)
-    model.train()
+    trouble = []  # sentences: why this process cannot go on
+    frames = together(lambda: open_frames(args, say))
+    reader, writer = multiprocessing.Pipe(duplex=False)  # closed at the end, which ends the workers
+    with run_folder(args) as out, reader, writer:
+        model = together(lambda: build_model(args, say))
+        check_agreement(args, model)
+        on_rank_0(lambda: check_room(args, model))
+        wrapped = distribute(model, args, device, world)
+        optimizer, autocast = make_optimizer(model, args), autocast_for(args, device)
+        progress = resume(model, optimizer, args, args.batch * world, say)
+        schedules = make_schedules(args, args.batch * world)
+        describe(args, model, frames, world, say)
+        labelled = on_rank_0(lambda: open_probe(args, say))
+        reset_best(progress, labelled and [args.probe_task, digest("\n".join(labelled.paths).encode())], say)
+        batches = make_batches(args, frames, progress["step"], rank, world, device, progress["seen"], (reader, writer))
+        skipped, saver = augment.Skipped(frames, world), Saver(args, progress["step"], trouble)
+        log = Log(out, args, progress, world, rank, trouble)
+        model.train()
 
-    for step in range(progress["step"], args.steps):
-        with log.waiting():
-            raw = next_batch(batches)
-        if unreadable := skipped.update(raw):
-            log.write({"step": step, "unreadable": unreadable})
-        batch = augment.augment(raw, device)
-        batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
-        now = {name: values[step] for name, values in schedules.items()}
-        terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast, wrapped)
+        for step in range(progress["step"], args.steps + 1):  # once more after the last one, to save
+            raw = None if stop else next_batch(batches, skipped, log, step, trouble)
+            stopping, failing, saving = anywhere(device, stop, trouble, saver.due(step))
+            ending = stopping or failing or step == args.steps
+            if saving or ending:
+                saver.save(model, optimizer, progress)
+            if ending:
+                break
+            batch = augment.augment(raw, device)
+            batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
+            now = {name: values[step] for name, values in schedules.items()}
+            terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast, wrapped)
 
-        if finite:
-            log.step(step, terms, norms, now, model)
-        else:
-            progress["skips"] += 1
-            keep_nonfinite(model, optimizer, progress, args, terms, norms, [frames.path(i) for i in raw["index"].tolist()], rank)
-        progress["step"] = done = step + 1
-        ending = done == args.steps or not everywhere(torch.tensor(not stop, device=device))
-        if args.probe_every and (done % args.probe_every == 0 or done == args.steps):
-            metrics, progress["best"] = probe(model, args, labelled, done, progress["best"], device, rank)
-            log.write({"step": step, "probe": metrics})
-        if done == args.steps or args.export_every and done % args.export_every == 0:
-            save_teacher(out / f"teacher_{done}.pt", model, args, done, rank)
-        if ending or done % args.save_every == 0:
-            save_checkpoint(out / "last.pt", model, optimizer, progress, args, rank)
-        if ending:
-            break
-    log.close()
-    if stop:
-        say(f"{stop[0]}: stopped after step {progress['step']} of {args.steps}; the same command goes on from {out / 'last.pt'}")
+            if finite:
+                log.step(step, terms, norms, now, model)
+            else:
+                progress["skips"] += 1
+                paths = [frames.path(i) for i in raw["index"].tolist()]
+                keep_nonfinite(model, optimizer, progress, args, terms, norms, paths)
+            done = step + 1
+            progress |= {"step": done, "seen": progress["seen"] + args.batch * world}
+            if args.probe_every and (done % args.probe_every == 0 or done == args.steps):
+                metrics, progress["best"] = probe(model, args, labelled, done, progress["best"], device, trouble)
+                log.write({"step": step, "probe": metrics})
+            if done == args.steps or args.export_every and done % args.export_every == 0:
+                saver.export(model, done)
+
+        del batches  # while their workers can still answer
+        saver.wait()
+        log.close()
+        together(lambda: sys.exit(trouble[0] if trouble else None))
+    if stopping and step < args.steps:
+        say(f"{stop[0] if stop else 'a signal'}: stopped after step {step} of {args.steps}; the same command goes on from "
+            f"{out / 'last.pt'}")
 
 
 def describe(args, model, frames, world, say):

@@ -16,12 +16,14 @@ nh heads, hd = D / nh, h x w patch grid.
 """
 import argparse
 import contextlib
+import glob
 import json
 import math
 import os
 import pathlib
 import pickle
 import re
+import time
 import zipfile
 
 import torch
@@ -380,6 +382,7 @@ def replacing(path):
     machine stops, the old file or the whole new one is there."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    clear_leavings(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -389,11 +392,34 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def clear_leavings(path):
+    """Delete what killed writers of `path` left: temporary files, a day old, whose process does
+    not live on this machine."""
+    begin = f".{path.stem}.tmp"
+    for left in path.parent.glob(glob.escape(begin) + "*" + glob.escape(path.suffix)):
+        number = left.name.removeprefix(begin).removesuffix(path.suffix)
+        if number.isdigit() and not lives(int(number)):
+            with contextlib.suppress(OSError):  # another process may have been faster
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    left.unlink()
+
+
+def lives(pid):
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # somebody else's
+    return True
+
+
 def atomic_save(obj, path):
-    """torch.save that leaves either the old file or the whole new one."""
+    """torch.save that leaves either the old file or the whole new one; OSError on a full disk."""
     # An open file, because torch.save writes a name that it is given into the archive
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(obj, file)
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:  # what torch makes of an OSError when it closes the file
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def save_backbone(path, model, arch, step=0, args=None, metrics=None):
@@ -442,9 +468,9 @@ def load_backbone(path, device="cpu", image_size=None):
     return model.requires_grad_(True).to(device).eval()
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, mmap=False):
     """What a file holds, or the released weights of a name in RELEASED; one clear sentence for
-    whatever is neither. No code in the file is ever run."""
+    whatever is neither. No code in the file is ever run. mmap: tensors stay on the disk until used."""
     if str(path) in RELEASED and not os.path.exists(path):
         return fetch(str(path))
     with open(path, "rb") as file:  # what open raises names the path by itself
@@ -457,7 +483,7 @@ def read_checkpoint(path):
     if head[:2] != b"PK" and head[:1] != b"\x80":
         raise ValueError(f"{path} is not a PyTorch checkpoint (it begins with {head[:2]!r})")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is damaged or holds more than tensors and plain values, and is "
                          "refused because loading it could run code; save its state dict alone"

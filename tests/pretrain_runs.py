@@ -4,11 +4,14 @@ As a program: pretrain.main for each argument list of a JSON list in turn, keepi
 
     RANK=0 WORLD_SIZE=2 ... python tests/pretrain_runs.py '[["--steps", "4", ...], ...]'
 """
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import augment  # noqa: E402
 import pretrain  # noqa: E402
 import vit  # noqa: E402
 
@@ -89,21 +93,29 @@ def assert_same_run(out, expected):
         assert same(final(out)[key], final(expected)[key]), key
 
 
-def spawn(argvs, world=1, **kwargs):
-    """Start this file in `world` processes; returns them."""
-    argvs = json.dumps([[str(a) for a in argv] for argv in argvs])
+def spawn(argvs, world=1, others=None, torchrun=False, **kwargs):
+    """Start this file in `world` processes and return them, or the one torchrun that started them. others: the argument lists of
+    the processes other than the first, where they differ."""
+    argvs, others = (json.dumps([[str(a) for a in argv] for argv in lists]) for lists in (argvs, others or argvs))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     threads = torch.get_num_threads() if world == 1 else 1  # sums are split among threads: as many as here, to compare to the bit
-    env = dict(os.environ, OMP_NUM_THREADS=str(threads), **({"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}))
-    return [subprocess.Popen([sys.executable, __file__, argvs], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)) if world > 1 else env,
-                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **kwargs) for r in range(world)]
+    env, kwargs = dict(os.environ, OMP_NUM_THREADS=str(threads)), dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **kwargs)
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port)]
+        return [subprocess.Popen([sys.executable, *launcher, __file__, argvs], env=env, **kwargs)]
+    if world > 1:
+        env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
+    return [subprocess.Popen([sys.executable, __file__, others if r else argvs], env=env | place, **kwargs) for r, place in enumerate(places)]
 
 
-def finish(processes):
+def finish(processes, code=0):
+    """Wait for processes to end with this code; returns what each wrote to its standard error."""
     outputs = [p.communicate(timeout=240)[1] for p in processes]
-    assert all(p.returncode == 0 for p in processes), "\n".join(outputs)
+    assert all(p.returncode == code for p in processes), "\n".join(outputs)
+    return outputs
 
 
 def keep_every(atomic_save):
@@ -115,9 +127,52 @@ def keep_every(atomic_save):
     return save
 
 
+@contextlib.contextmanager
+def disturbed(what, rank):
+    """read=RANK:STEP, a read error of this process at this step; room=BYTES, no file of process 0 can become larger."""
+    kind, _, value = what.partition("=")
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "read":
+            whose, when = value.split(":")
+            read = augment.MultiCrop.__getitem__
+
+            def fail(self, keys):
+                if keys[0][0] == int(when) and rank == int(whose):
+                    raise OSError(f"frame.png: Input/output error, process {rank}")
+                return read(self, keys)
+            patch.setattr(augment.MultiCrop, "__getitem__", fail)
+        with limited(int(value)) if kind == "room" and rank == 0 else contextlib.nullcontext():
+            yield
+
+
+@contextlib.contextmanager
+def limited(size):
+    """No file of this process can become larger, as on a full disk."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def work_off(argvs, rank):
+    """The runs in turn; how many of them ended with a sentence, which is written to the standard error."""
+    failed = 0
+    for what, *argv in argvs:
+        print(f"run of {argv[argv.index('--out') + 1]}", file=sys.stderr)
+        try:
+            with disturbed(what, rank):
+                pretrain.main(argv if "=" in what else [what, *argv])
+        except SystemExit as end:
+            print(f"ended: {end}", file=sys.stderr)
+            failed += 1
+        os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 29400)) + 1)
+    return failed
+
+
 if __name__ == "__main__":
     vit.ARCHS["tiny"] = TINY
     vit.atomic_save = keep_every(vit.atomic_save)
-    for argv in json.loads(sys.argv[1]):
-        os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", 29400)) + 1)
-        pretrain.main(argv)
+    sys.exit(min(1, work_off(json.loads(sys.argv[1]), int(os.environ.get("RANK", 0)))))

@@ -1,48 +1,173 @@
 """Stop and go on: runs that are killed, signalled, resumed, contradicted and short of disk."""
+import argparse
+import itertools
 import json
+import math
+import multiprocessing
 import os
-import resource
+import pathlib
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 import torch
-from pretrain_runs import assert_same_run, final, finish, flags, frames, log, run, same, spawn, tiny, unbroken  # noqa: F401
+from pretrain_runs import (assert_same_run, final, finish, flags, frames, limited, log, run, same, spawn, tiny,  # noqa: F401
+                           unbroken)
 
+import augment
+import checkpoint
 import pretrain
+import probe_mes
 import vit
+
+
+def wait_for(condition, processes=(), seconds=120):
+    """Until the condition holds, while the processes live."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and all(p.poll() is None for p in processes), [p.stderr.read() for p in processes if p.poll()]
+        time.sleep(0.002)
+
+
+def logged(out):
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+def gone(group):
+    """Whether no process of the group lives; zombies that nobody waits for do not."""
+    states = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True).stdout.split()
+    return all(state.startswith("Z") for state in states)
+
+
+# --- killed, signalled ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers, precision", [(0, "fp32"), (2, "fp32"), (0, "bf16")])
 def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, workers, precision):
-    """To the bit, in either number type."""
+    """To the bit, in either number type, and at once, though workers of the killed one may live for up to ten seconds."""
     unbroken, more = unbroken(precision), ["--precision", precision]
-    (process,) = spawn([flags(frames, tmp_path, *more, steps=30, workers=workers)])
-    while not (tmp_path / "log.jsonl").exists() or (tmp_path / "log.jsonl").read_text().count("\n") < 4 + workers:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
+    (process,) = spawn([flags(frames, tmp_path, *more, steps=30, workers=workers)], start_new_session=True)
+    wait_for(lambda: logged(tmp_path) >= 4 + workers, [process])
     process.kill()
     process.wait()
+    killed = time.monotonic()
     assert 2 <= final(tmp_path)["step"] < 30
     run(frames, tmp_path, *more, steps=30, workers=workers)
     assert len(log(tmp_path)) == 30
     assert_same_run(tmp_path, unbroken)
+    wait_for(lambda: gone(process.pid), seconds=10 - (time.monotonic() - killed))
 
 
-def test_two_killed_processes_resume_to_the_bit(frames, tmp_path):
-    more = ["--save-every", 4]
-    finish(spawn([flags(frames, tmp_path / "unbroken", *more, steps=12)], world=2))
-    processes = spawn([flags(frames, tmp_path / "killed", *more, steps=12)], world=2)
-    while not (tmp_path / "killed" / "last.pt").exists():
-        assert all(p.poll() is None for p in processes)
-        time.sleep(0.002)
+def test_workers_that_wait_for_a_disk_end_with_a_killed_trainer(frames, tmp_path):
+    shutil.copytree(frames, tmp_path / "frames")
+    os.mkfifo(tmp_path / "frames" / "zz.png")  # whoever opens it waits
+    more = ["--seed", 1]
+    (process,) = spawn([flags(tmp_path / "frames", tmp_path, *more, steps=30, workers=2)], start_new_session=True)
+    wait_for(lambda: logged(tmp_path) >= 1, [process])
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    wait_for(lambda: gone(process.pid), seconds=10)
+
+
+@pytest.fixture(scope="module")
+def pair(frames, tmp_path_factory):
+    """Folders of runs of two processes, one after the other, and what each process said."""
+    at = tmp_path_factory.mktemp("pair").joinpath
+
+    def argv(name, *more, what=(), steps=30):
+        return [*what, *flags(frames, at(name), "--save-every", 4, *more, steps=steps)]
+    shutil.copytree(frames, at("renamed"))
+    (at("renamed") / "00.png").rename(at("renamed") / "another.png")
+    here = [argv("unbroken"), argv("local", what=["read=0:5"]), argv("local"), argv("read", what=["read=1:3"]),
+            argv("full", steps=2), argv("full", what=["room=10000"], steps=4), argv("minutes", "--save-every", "0.001m"),
+            argv("names"), argv("weights", "--init", at("unbroken") / "teacher_30.pt"), argv("flags", steps=4)]
+    there = [argv("unbroken"), argv("elsewhere", what=["read=0:5"]), argv("elsewhere"), argv("read", what=["read=1:3"]),
+             argv("full", steps=2), argv("full", what=["room=10000"], steps=4), argv("minutes", "--save-every", "0.001m"),
+             argv("names", "--data", at("renamed")), argv("weights"), argv("flags", "--lr", 1, steps=4)]
+    said = finish(spawn(here, world=2, others=there), code=1)
+    ended = [{} for _ in said]  # {name of the run: how it ended}
+    for found, text in zip(ended, said):
+        for part in text.split("run of ")[1:]:
+            name, _, rest = part.partition("\n")
+            found[pathlib.Path(name).name] = [line.partition("ended: ")[2] for line in rest.splitlines() if "ended: " in line]
+    return at, ended
+
+
+def test_two_killed_processes_resume_to_the_bit(frames, tmp_path, pair):
+    argv = flags(frames, tmp_path, "--save-every", 4, steps=30)
+    processes = spawn([argv], world=2)
+    wait_for((tmp_path / "last.pt").exists, processes)
     for process in processes:
         process.kill()
         process.wait()
-    assert final(tmp_path / "killed")["step"] < 12
-    finish(spawn([flags(frames, tmp_path / "killed", *more, steps=12)], world=2))
-    assert len(log(tmp_path / "killed")) == 12
-    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+    assert final(tmp_path)["step"] < 30
+    finish(spawn([argv], world=2))
+    assert len(log(tmp_path)) == 30
+    assert_same_run(tmp_path, pair[0]("unbroken"))
+
+
+@pytest.mark.parametrize("torchrun, workers", [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_signals_to_the_whole_group_lose_nothing(frames, unbroken, tmp_path, pair, torchrun, workers):
+    """As a queue sends them: to the launcher, and to everybody twice."""
+    argv = flags(frames, tmp_path, "--save-every", 1000, steps=30, workers=workers)
+    (process,) = spawn([argv], world=1 + torchrun, torchrun=torchrun, start_new_session=True)
+    wait_for(lambda: logged(tmp_path) >= 3, [process])
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for group in [int(child) for child in children if torchrun] + [process.pid, process.pid]:
+        os.killpg(group, signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert torchrun or process.returncode == 0, errors
+    assert "DataLoader" not in errors
+    assert 3 <= final(tmp_path)["step"] == logged(tmp_path) < 30
+    expected = log(pair[0]("unbroken") if torchrun else unbroken("fp32"))
+    assert log(tmp_path) == expected[:logged(tmp_path)]
+    wait_for(lambda: gone(process.pid), seconds=10)
+
+
+def signals(*names, later=0):
+    """In a process of its own: what became of the signals and, where it lived on, 0."""
+    def body():
+        with pretrain.asked_to_stop() as asked:
+            for name in names:
+                os.kill(os.getpid(), getattr(signal, name))
+                before = time.monotonic
+                time.monotonic = lambda: before() + later
+            assert asked == list(names)
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_second_request_ends_at_once_if_it_is_one():
+    assert signals("SIGTERM", "SIGTERM") == signals("SIGINT", "SIGTERM") == signals("SIGTERM", "SIGINT") == 0
+    assert signals("SIGINT", "SIGINT") == -signal.SIGINT
+    assert signals("SIGTERM", "SIGTERM", later=6) == signals("SIGINT", "SIGTERM", later=6) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_saves_then_ends(frames, unbroken, tmp_path, monkeypatch, capsys, name):
+    unbroken = unbroken("fp32")
+    before, steps = signal.getsignal(getattr(signal, name)), []
+
+    def signalled_step(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), getattr(signal, name))
+        return train_step(*args)
+    train_step = pretrain.train_step
+    monkeypatch.setattr(pretrain, "train_step", signalled_step)
+    run(frames, tmp_path, "--save-every", 1000, steps=30)
+    assert final(tmp_path)["step"] == 5 and name in capsys.readouterr().out
+    assert signal.getsignal(getattr(signal, name)) == before
+    run(frames, tmp_path, "--save-every", 1000, steps=30)
+    assert_same_run(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,23 +208,345 @@ def test_another_number_type_chosen_by_auto_is_said(frames, tmp_path, monkeypatc
         run(frames, tmp_path, "--precision", "bf16", steps=4)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signal_saves_then_ends(frames, unbroken, tmp_path, monkeypatch, capsys, name):
-    unbroken, more = unbroken("fp32"), ["--precision", "fp32", "--save-every", 1000]
-    before, steps = signal.getsignal(getattr(signal, name)), []
+# --- several processes, one verdict ---------------------------------------------------------------------------------------
 
-    def signalled_step(*args):
+
+def test_process_0_decides_whether_to_resume(pair):
+    """Each process has a disk of its own; the checkpoint lies on one of them."""
+    at, _ = pair
+    assert_same_run(at("local"), at("unbroken"))
+    assert len(log(at("local"))) == 30 and not at("elsewhere").exists()
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("names", "process 1 differs from process 0 in its --data"), ("weights", "process 1 differs from process 0 in its first weights"),
+    ("flags", "process 1 differs from process 0 in its arguments: .'lr': 1.0. instead of .'lr': 0.012."),
+    ("read", "frame.png: Input/output error, process 1"), ("full", "cannot write .*.pt: File too large")])
+def test_processes_end_together_with_one_sentence(pair, name, sentence):
+    _, (first, second) = pair
+    (said,) = first[name]
+    assert re.match(sentence, said) and second[name] == ["1"]
+
+
+def test_a_read_error_saves_first(pair):
+    at, (first, _) = pair
+    assert final(at("read"))["step"] == logged(at("read")) == 3 and (at("local") / "last_5.pt").exists()
+    assert final(at("full"))["step"] == 2
+
+
+def test_minutes_between_saves_are_those_of_process_0(pair):
+    at, (first, second) = pair
+    assert_same_run(at("minutes"), at("unbroken"))
+    assert first["minutes"] == second["minutes"] == [] and len(list(at("minutes").glob("last_*.pt"))) > 1
+
+
+# --- disks that are full --------------------------------------------------------------------------------------------------
+
+
+def test_full_disk_is_an_error_before_the_first_step(frames, tmp_path, monkeypatch):
+    """Counted are last.pt twice, the exports and best.pt; nothing large is written to find out."""
+    monkeypatch.delattr(os, "posix_fallocate")  # macOS
+    usage, free = shutil.disk_usage, []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free[-1]))
+    args = pretrain.parse([str(a) for a in flags(frames, tmp_path, "--export-every", 2, steps=6)])
+    model = pretrain.build_model(args, print)
+    state = 16 * sum(p.numel() for p in model.student.parameters())
+    free.append(2 * state + 3 * 4 * sum(p.numel() for p in model.student["backbone"].parameters()))
+    checkpoint.check_room(args, model)
+    free.append(free[-1] - 1)
+    with pytest.raises(SystemExit, match="has 3.1 MiB free and the run will write 3.1 MiB: last.pt of 1.3 MiB.* raise --export"):
+        run(frames, tmp_path, "--export-every", 2, steps=6)
+    assert {p.name for p in tmp_path.iterdir()} <= {".lock"}
+
+
+def test_sizes_in_words():
+    assert [checkpoint.readable(n) for n in (0, 1023, 1024, 5 * 2**20, 1.5 * 2**30, 2**50)] == [
+        "0 bytes", "1023 bytes", "1.0 KiB", "5.0 MiB", "1.5 GiB", "1024.0 TiB"]
+
+
+def test_a_disk_that_fills_up_is_an_oserror_for_every_size(tmp_path):
+    """torch's writer makes a RuntimeError of it."""
+    vit.atomic_save({"old": 1}, tmp_path / "x.pt")
+    for size in (0, 100, 1_000, 10_000, 39_000, 40_000, 41_000):
+        with limited(size), pytest.raises(OSError, match="File too large"):
+            vit.atomic_save({"a": torch.zeros(5_000), "b": torch.zeros(5_000)}, tmp_path / "x.pt")
+        assert torch.load(tmp_path / "x.pt") == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def poison(monkeypatch, *steps):
+    """A pixel of these steps is not a number."""
+    augmented = augment.augment
+
+    def poisoned(batch, device):
+        done = augmented(batch, device)
+        done["global_crops"][0, 0, 0, 0] = math.nan if batch["step"] in steps else 0
+        return done
+    monkeypatch.setattr(augment, "augment", poisoned)
+
+
+@pytest.mark.parametrize("more, name", [
+    ((), "last.pt"), (("--export-every", 3, "--save-every", 100), "teacher_3.pt"), (("--probe-every", 3), "best.pt"),
+    (("--max-skips", 1), "nonfinite_3.pt")])
+def test_a_disk_that_fills_up_in_mid_run_is_a_sentence(frames, tmp_path, monkeypatch, more, name):
+    """Whatever is being written; what lay there before stays."""
+    run(frames, tmp_path, steps=2)
+    before = (tmp_path / "last.pt").read_bytes()
+    if "nonfinite" in name:
+        poison(monkeypatch, 3)
+        more = (*more, "--save-every", 100)
+    monkeypatch.setattr(probe_mes, "online_score", lambda *args: {"kappa": 1.0})
+    monkeypatch.setattr(pretrain, "open_probe", lambda args, say: argparse.Namespace(paths=[]) if args.probe_every else None)
+    sentence = f"cannot write .*{name}: File too large; what lay there before is untouched"
+    with limited(20_000), pytest.raises(SystemExit, match=sentence):
+        run(frames, tmp_path, *more, steps=6)
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".*.tmp*"))
+
+
+def test_a_full_disk_for_the_log_is_a_sentence(frames, tmp_path, monkeypatch):
+    opened = pretrain.Log.open
+
+    def full(self, *args):
+        opened(self, *args)
+        self.file = open("/dev/full", "a", buffering=1)
+    monkeypatch.setattr(pretrain.Log, "open", full)
+    with pytest.raises(SystemExit, match="cannot write /dev/full: No space left on device"):
+        run(frames, tmp_path, steps=4)
+    assert final(tmp_path)["step"] == 1
+
+
+def test_failed_save_keeps_the_previous_checkpoint(frames, tmp_path, monkeypatch):
+    run(frames, tmp_path, steps=2)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def half(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        run(frames, tmp_path, steps=4)
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".*.tmp*"))
+
+
+# --- saving beside the training -------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_the_file_is_written(frames, unbroken, tmp_path, monkeypatch):
+    """What is written is the state at the time of the save, and the last save waits for the one in flight."""
+    unbroken = unbroken("fp32")
+    train_step, save, steps, later = pretrain.train_step, vit.atomic_save, [], threading.Event()
+
+    def step(*args):
         steps.append(1)
-        if len(steps) == 5:
-            os.kill(os.getpid(), getattr(signal, name))
+        if len(steps) == 6:
+            later.set()
         return train_step(*args)
-    train_step = pretrain.train_step
-    monkeypatch.setattr(pretrain, "train_step", signalled_step)
-    run(frames, tmp_path, *more, steps=30)
-    assert final(tmp_path)["step"] == 5 and name in capsys.readouterr().out
-    assert signal.getsignal(getattr(signal, name)) == before
-    run(frames, tmp_path, *more, steps=30)
+
+    def slow(state, path):
+        if path.name == "last.pt" and state["step"] == 4:
+            assert later.wait(20)
+            save(state, path.with_name("kept.pt"))
+        save(state, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "train_step", step)
+        patch.setattr(vit, "atomic_save", slow)
+        run(frames, tmp_path, "--save-every", 4, steps=30)
     assert_same_run(tmp_path, unbroken)
+    (tmp_path / "kept.pt").replace(tmp_path / "last.pt")
+    run(frames, tmp_path, "--save-every", 4, steps=30)
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_when_to_save(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+
+    def times(every, seconds):
+        """Steps after which a run saves whose steps take so long."""
+        clock[0], found = 0, []
+        saver = checkpoint.Saver(argparse.Namespace(out=tmp_path, save_every=pretrain.interval(every)), 3, [])
+        for step in range(3, 30):
+            if saver.due(step):
+                saver.saved, saver.clock = step, clock[0]
+                found.append(step)
+            clock[0] += seconds
+        return found
+    assert times("9", 100) == [9, 18, 27]
+    assert times("10m", 100) == [9, 15, 21, 27] and times("0.5m", 29) == list(range(5, 30, 2))
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    assert times("9", 100) == times("10m", 100) == []
+    for wrong in ("0", "-1", "0m", "ten", "1h", "2.5"):
+        with pytest.raises(ValueError):
+            pretrain.interval(wrong)
+
+
+def test_at_most_fifty_exports_by_default():
+    for steps, every in ((200, 5000), (125_000, 5000), (250_000, 5000), (250_001, 5001), (625_000, 12_500)):
+        assert pretrain.parse(["--steps", str(steps)]).export_every == every
+
+
+def test_other_processes_gather_and_keep_nothing(frames, tmp_path, monkeypatch):
+    args = pretrain.parse([str(a) for a in flags(frames, tmp_path)])
+    model = pretrain.build_model(args, print)
+    optimizer = pretrain.make_optimizer(model, args)
+    for p in model.student.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+    def tensors(state):
+        return sum(map(tensors, state.values())) if isinstance(state, dict) else torch.is_tensor(state)
+    assert tensors(checkpoint.snapshot(model, optimizer, {}, args)) > 100
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    assert tensors(checkpoint.snapshot(model, optimizer, {}, args)) == 0 and checkpoint.plain_teacher(model, args) is None
+
+
+def test_one_nonfinite_file_is_kept(frames, tmp_path, monkeypatch):
+    poison(monkeypatch, 1, 3)
+    run(frames, tmp_path, "--max-skips", 2, steps=6)
+    assert [p.name for p in tmp_path.glob("nonfinite*")] == ["nonfinite_3.pt"]
+
+
+def test_exports_load_and_warm_start(frames, tmp_path, capsys):
+    run(frames, tmp_path, "--export-every", 2, steps=4)
+    assert sorted(p.name for p in tmp_path.glob("teacher_*")) == ["teacher_2.pt", "teacher_4.pt"]
+    teacher = {k.removeprefix("backbone."): v for k, v in final(tmp_path)["teacher"].items() if k.startswith("backbone.")}
+    assert same(dict(vit.load_backbone(tmp_path / "teacher_4.pt").state_dict()), teacher)
+    capsys.readouterr()
+    args = pretrain.parse([str(a) for a in flags(frames, tmp_path, "--init", tmp_path / "last.pt", "--global-size", 84)])
+    model = pretrain.build_model(args, print)
+    assert model.student["backbone"].pos_embed.shape == (1, 17, 32) and "dino_head taken" in capsys.readouterr().out
+    for part in (model.student, model.teacher):
+        assert torch.equal(part["backbone"].norm.weight, teacher["norm.weight"])
+        assert torch.equal(part["dino_head"].last_layer.weight_v, final(tmp_path)["teacher"]["dino_head.last_layer.weight_v"])
+
+
+def test_warm_start_keeps_the_stored_position_grid(frames, tmp_path):
+    """A 4 x 4 grid trained on crops of 84 px stays 4 x 4, in the exports and in a run that goes on, with and without --init."""
+    run(frames, tmp_path / "first", steps=2)
+    warm = ["--init", tmp_path / "first" / "teacher_2.pt", "--global-size", 84, "--lr", 0, "--min-lr", 0]
+    run(frames, tmp_path / "second", *warm, steps=2)
+    before, after = (vit.load_backbone(tmp_path / run / "teacher_2.pt") for run in ("first", "second"))
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    assert after.pos_embed.shape == before.pos_embed.shape == (1, 17, 32)
+    assert torch.equal(before(images)["cls"], after(images)["cls"])  # nothing was learnt at rate 0, and nothing resized
+    run(frames, tmp_path / "second", *warm[2:], steps=3)
+    assert final(tmp_path / "second")["step"] == 3
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder_are_refused(frames, tmp_path):
+    """The lock is the trainer's: a killed one leaves none, though a child of it lives."""
+    program = ("import fcntl, os, sys, time\nlock = open(sys.argv[1], 'w')\nfcntl.lockf(lock, fcntl.LOCK_EX)\n"
+               "if os.fork(): print('locked', flush=True)\ntime.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", program, tmp_path / ".lock"], stdout=subprocess.PIPE, start_new_session=True)
+    holder.stdout.readline()
+    with pytest.raises(SystemExit, match=f"another process is writing to {tmp_path}"):
+        run(frames, tmp_path, steps=2)
+    holder.kill()
+    holder.wait()
+    assert not gone(holder.pid)
+    run(frames, tmp_path, steps=2)
+    os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_leavings_of_killed_saves_are_cleared(frames, tmp_path):
+    """In the run folder all, under its lock; elsewhere those that are a day old, of processes that do not live."""
+    for name in (".last.tmp123456.pt", ".log.tmp1.jsonl", ".teacher_5.tmp99.pt"):
+        (tmp_path / name).write_text("half")
+    run(frames, tmp_path, steps=2)
+    assert not list(tmp_path.glob(".*.tmp*"))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = {tmp_path / f".x.tmp{pid}.pt": age for pid, age in ((dead.pid, 25), (os.getpid() + 0, 25), (2**22 + 1, 23), (2**22 + 2, 25))}
+    for path, hours in left.items():
+        path.write_text("half")
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    (tmp_path / ".x.tmpfile.pt").write_text("not ours")
+    vit.clear_leavings(tmp_path / "x.pt")
+    assert {p.name for p in tmp_path.glob(".x*")} == {f".x.tmp{os.getpid()}.pt", f".x.tmp{2**22 + 1}.pt", ".x.tmpfile.pt"}
+
+
+def test_beginning_anew_moves_the_old_run_aside(frames, tmp_path, capsys):
+    run(frames, tmp_path, steps=2)
+    before = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "notes.txt").write_text("mine")
+    run(frames, tmp_path, "--resume", "no", "--lr", 1, steps=3)
+    assert "old-1" in capsys.readouterr().out and (tmp_path / "old-1" / "last.pt").read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "old-1").iterdir()) == ["args.json", "last.pt", "log.jsonl", "teacher_2.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "args.json", "last.pt", "log.jsonl", "notes.txt", "old-1", "teacher_3.pt"]
+    with pytest.raises(SystemExit, match="whose last.pt would be lost; give another --out"):
+        run(frames, tmp_path, "--resume", tmp_path / "old-1" / "last.pt", steps=3)
+
+
+# --- going on -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_batch_goes_on_with_the_next_frame(frames, tmp_path, monkeypatch):
+    """Steps of 4 frames, then of 8: every frame once in each of two epochs of 24."""
+    augmented, seen = augment.augment, []
+
+    def noted(batch, device):
+        seen.extend(batch["index"].tolist())
+        return augmented(batch, device)
+    monkeypatch.setattr(augment, "augment", noted)
+    run(frames, tmp_path, steps=4)
+    run(frames, tmp_path, steps=8, batch=8)
+    assert final(tmp_path)["seen"] == len(seen) == 48
+    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24))
+
+
+def test_other_frames_of_the_same_number_are_noticed(frames, tmp_path):
+    shutil.copytree(frames, tmp_path / "moved")
+    run(frames, tmp_path / "run", steps=2)
+    run(tmp_path / "moved", tmp_path / "run", steps=3)  # the same names in another folder
+    (tmp_path / "moved" / "00.png").rename(tmp_path / "moved" / "another.png")
+    with pytest.raises(SystemExit, match="24 frames and so many are here, but of other names"):
+        run(tmp_path / "moved", tmp_path / "run", steps=4)
+
+
+def test_best_is_forgotten_when_something_else_is_measured(frames, tmp_path, monkeypatch, capsys):
+    scores = iter([0.8, 0.5, 0.3, 0.9])
+    monkeypatch.setattr(probe_mes, "online_score", lambda *args: dict.fromkeys(("kappa", "macro_f1"), next(scores)))
+    monkeypatch.setattr(pretrain, "open_probe", lambda args, say: argparse.Namespace(paths=[args.probe_data]))
+
+    def best(steps, *more):
+        run(frames, tmp_path, "--probe-every", 1, *more, steps=steps)
+        said = capsys.readouterr().out
+        return torch.load(tmp_path / "best.pt")["metrics"]["kappa"], final(tmp_path)["best"], "best.pt begins anew" in said, said
+    assert best(1, "--probe-data", "a")[:3] == (0.8, 0.8, False)
+    kept = best(2, "--probe-data", "a")
+    assert kept[:3] == (0.8, 0.8, False) and "best kappa so far 0.800" in kept[3]
+    other = best(3, "--probe-data", "b")
+    assert other[:3] == (0.3, 0.3, True) and "inf" not in other[3]
+    assert best(4, "--probe-data", "b", "--probe-task", "landmarks")[:3] == (0.9, 0.9, True)
+
+
+def test_lines_that_are_no_records_are_dropped_and_said(frames, tmp_path, capsys):
+    run(frames, tmp_path, steps=4)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(whole + b"\0\0\0\n\xff\xfe\n[]\n{}\n7\n" + b'{"step": 5, "lo')
+    run(frames, tmp_path, steps=6)
+    assert [line["step"] for line in log(tmp_path)] == list(range(6)) and "5 lines are no records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n...\nRuntimeError: unable to allocate shared memory(shm) for "
+                  "file </torch_1_2_3>: No space left on device (28)"), "no shared memory left .* --shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+                  "shared memory. Please try to raise your shared memory limit."), "no shared memory left .* --shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader's worker died .*signal: Killed.*fewer --workers"),
+    (augment.data.BadImage("Caught BadImage in DataLoader worker process 1.\nOriginal Traceback\n  raise\ndata.BadImage: no readable "
+                           "frame in 20 draws:\n  a.png"), "^no readable frame in 20 draws:\n  a.png$")])
+def test_trouble_of_the_loader_is_a_sentence_and_saves_first(frames, tmp_path, monkeypatch, error, sentence):
+    def batches(*args):
+        yield from itertools.islice(made(*args), 3)
+        raise error
+    made = pretrain.make_batches
+    monkeypatch.setattr(pretrain, "make_batches", batches)
+    with pytest.raises(SystemExit, match=sentence):
+        run(frames, tmp_path, "--save-every", 100, steps=6)
+    assert final(tmp_path)["step"] == 3
 
 
 def test_torn_log_lines_are_cut(frames, tmp_path):
@@ -135,53 +582,3 @@ def test_damaged_checkpoint_is_named(frames, tmp_path):
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit, match="last.pt is truncated"):
         run(frames, tmp_path, steps=2)
-
-
-def test_full_disk_is_an_error_before_the_first_step(frames, tmp_path, monkeypatch):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with pytest.raises(SystemExit, match="cannot take a checkpoint of"):
-            run(frames, tmp_path, steps=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert not (tmp_path / "log.jsonl").exists()
-
-
-def test_failed_save_keeps_the_previous_checkpoint(frames, tmp_path, monkeypatch):
-    run(frames, tmp_path, steps=2)
-    before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(torch, "save", lambda obj, f: (f.write(b"half"), (_ for _ in ()).throw(OSError(28, "No space left on device"))))
-    with pytest.raises(SystemExit, match="No space left on device"):
-        run(frames, tmp_path, steps=4)
-    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp*"))
-
-
-def test_exports_load_and_warm_start(frames, tmp_path, capsys):
-    run(frames, tmp_path, "--export-every", 2, steps=4)
-    assert sorted(p.name for p in tmp_path.glob("teacher_*")) == ["teacher_2.pt", "teacher_2_dinov2.pth", "teacher_4.pt", "teacher_4_dinov2.pth"]
-    teacher = {k.removeprefix("backbone."): v for k, v in final(tmp_path)["teacher"].items() if k.startswith("backbone.")}
-    ours, released = vit.load_backbone(tmp_path / "teacher_4.pt"), torch.load(tmp_path / "teacher_4_dinov2.pth", weights_only=True)
-    assert same(dict(ours.state_dict()), teacher) and same(released, teacher)
-    capsys.readouterr()
-    args = pretrain.parse([str(a) for a in flags(frames, tmp_path, "--init", tmp_path / "last.pt", "--global-size", 84)])
-    model = pretrain.build_model(args, print)
-    assert model.student["backbone"].pos_embed.shape == (1, 17, 32) and "dino_head taken" in capsys.readouterr().out
-    for part in (model.student, model.teacher):
-        assert torch.equal(part["backbone"].norm.weight, teacher["norm.weight"])
-        assert torch.equal(part["dino_head"].last_layer.weight_v, final(tmp_path)["teacher"]["dino_head.last_layer.weight_v"])
-
-
-def test_warm_start_keeps_the_stored_position_grid(frames, tmp_path):
-    """A 4 x 4 grid trained on crops of 84 px stays 4 x 4, in the exports and in a run that goes on, with and without --init."""
-    run(frames, tmp_path / "first", steps=2)
-    warm = ["--init", tmp_path / "first" / "teacher_2.pt", "--global-size", 84, "--lr", 0, "--min-lr", 0]
-    run(frames, tmp_path / "second", *warm, steps=2)
-    before, after = (vit.load_backbone(tmp_path / run / "teacher_2.pt") for run in ("first", "second"))
-    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    assert after.pos_embed.shape == before.pos_embed.shape == (1, 17, 32)
-    assert torch.equal(before(images)["cls"], after(images)["cls"])  # nothing was learnt at rate 0, and nothing resized
-    run(frames, tmp_path / "second", *warm[2:], steps=3)
-    assert final(tmp_path / "second")["step"] == 3

@@ -1,6 +1,7 @@
-"""Tar shards: ten million small files defeat network storage, so frames may lie in uncompressed tar files too.
+"""Tar shards: ten million small files defeat network storage, so frames may lie in uncompressed tars.
 
-A shard is read as a folder of its name: `videos/007.tar/colon/0001.jpg` is the member colon/0001.jpg of videos/007.tar.
+A shard is read as a folder of its name: `videos/007.tar/colon/0001.jpg` is the member colon/0001.jpg of
+videos/007.tar. Every shard has an index, which is made once: see shard_index.
 """
 import bisect
 import contextlib
@@ -12,36 +13,40 @@ import tarfile
 import numpy as np
 from tqdm import tqdm
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")  # Pillow reads
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
 SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 def visible(name):
-    """Whether a file or folder of this name is a user's: not hidden, and none of those that systems leave behind."""
+    """Whether a file or folder of this name is a user's: not hidden, and none of those that
+    systems leave behind."""
     return not name.startswith(".") and name not in SYSTEM
 
 
 class Sentence:
-    """An error whose text is its own sentence, also where a loader's worker has wrapped its traceback around it."""
+    """An error whose text is its own sentence, also where a loader's worker has wrapped its
+    traceback around it."""
 
     def __str__(self):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 class BadShard(Sentence, OSError):
-    """A tar that cannot be relied on. No BadImage: it concerns all of its frames, so the run ends."""
+    """A tar that cannot be relied on. No BadImage: it concerns all of its frames, so the run
+    ends."""
 
 
 def split_shard(path):
-    """("a/b.tar", "c/d.jpg") of a/b.tar/c/d.jpg; (None, path) of a path that leads through no tar file."""
+    """("a/b.tar", "c/d.jpg") of a/b.tar/c/d.jpg; (None, path) of a path that leads through no
+    tar file."""
     path = os.fspath(path)
     head, mark, member = path.partition(".tar/")
     return (head + ".tar", member) if mark and os.path.isfile(head + ".tar") else (None, path)
 
 
 def open_file(path):
-    """What Image.open takes for a path: the path itself, or the bytes of a shard's member. Every reader of pixels
-    asks here."""
+    """What Image.open takes for a path: the path itself, or the bytes of a shard's member. Every
+    reader of pixels asks here."""
     shard, member = split_shard(path)
     if shard is None:
         return path
@@ -56,7 +61,8 @@ def open_file(path):
 
 
 def stamp(path):
-    """(bytes, time of last change in ns) of a file or of a shard's member, to tell whether it is still the same."""
+    """(bytes, time of last change in ns) of a file or of a shard's member, to tell whether it is
+    still the same."""
     shard, member = split_shard(path)
     found = os.stat(shard or path)
     return found.st_size if shard is None else locate(shard, member)[1], found.st_mtime_ns
@@ -72,7 +78,8 @@ def locate(shard, member):
 
 
 def scan_order(name):
-    """The key by which `scan` sorts a relative path (bytes): a folder's files come before its folders."""
+    """The key by which `scan` sorts a relative path (bytes): a folder's files come before its
+    folders."""
     *folders, last = name.split(b"/")
     return [(1, folder) for folder in folders] + [(0, last)]
 
@@ -81,15 +88,17 @@ def check_unchanged(shard, found):
     """BadShard if the index does not describe the tar with this os.stat result."""
     _, changed, size = shard_index(shard)[0]
     if (changed, size) != (found.st_mtime_ns, found.st_size):
-        raise BadShard(f"{shard}: changed since it was indexed; give the command again, which indexes it anew")
+        raise BadShard(f"{shard}: changed since it was indexed; give the command again, which indexes it "
+                       "anew")
 
 
 @functools.lru_cache(maxsize=None)
 def shard_index(shard):
-    """(1 + n,) rows (name, offset, size) of a tar's images, in the order of `scan`. Row 0 is the tar itself: ("", its
-    time of last change in ns, its size). Kept beside it as <shard>.index.npy, which all processes map into memory."""
+    """(1 + n,) rows (name, offset, size) of a tar's images, in the order of `scan`. Row 0 is the
+    tar itself: ("", its time of last change in ns, its size). Kept beside it as
+    <shard>.index.npy, which all processes map into memory."""
     file = f"{shard}.index.npy"
-    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there yet, or not whole
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there, or not whole
         index, found = np.load(file, mmap_mode="r"), os.stat(shard)
         if tuple(index[0])[1:] == (found.st_mtime_ns, found.st_size):
             return index
@@ -109,7 +118,8 @@ def shard_index(shard):
 
 
 def index_shard(shard):
-    """Read the headers of a tar: see shard_index. BadShard for one that is compressed, cut short or damaged."""
+    """Read the headers of a tar: see shard_index. BadShard for one that is compressed, cut short
+    or damaged."""
     found, rows = os.stat(shard), {}
     bar = tqdm(total=found.st_size, unit="B", unit_scale=True, desc=f"index of {shard}", disable=None)
     try:
@@ -117,17 +127,21 @@ def index_shard(shard):
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep an object of a kilobyte for each
                 name = os.path.normpath(member.name)
-                if member.isreg() and name.lower().endswith(SUFFIXES) and all(map(visible, name.split("/"))):
-                    rows[os.fsencode(name)] = member.offset_data, member.size  # of one name the last counts, as in tar
+                image = member.isreg() and name.lower().endswith(SUFFIXES)
+                if image and all(map(visible, name.split("/"))):  # of one name the last counts, as in tar
+                    rows[os.fsencode(name)] = member.offset_data, member.size
                 bar.update(tar.offset - bar.n)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # a whole tar ends with empty blocks
-                raise BadShard(f"{shard}: cut short or damaged at byte {tar.offset} of {found.st_size}: copy it anew")
+            end = tar.offset  # where tarfile saw no header: a whole tar has empty blocks there
+            tar.fileobj.seek(end)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise BadShard(f"{shard}: cut short or damaged at byte {end} of {found.st_size}: copy it anew")
     except tarfile.TarError as error:
-        raise BadShard(f"{shard}: cut short, or no uncompressed tar as `tar -cf` writes it ({error})") from error
+        words = f"{shard}: cut short, or no uncompressed tar as `tar -cf` writes it ({error})"
+        raise BadShard(words) from error
     names = sorted(rows, key=scan_order)
     kind = [("name", f"S{max(map(len, names), default=1)}"), ("offset", np.int64), ("size", np.int64)]
-    return np.array([(b"", found.st_mtime_ns, found.st_size), *((name, *rows[name]) for name in names)], kind)
+    itself = (b"", found.st_mtime_ns, found.st_size)
+    return np.array([itself, *((name, *rows[name]) for name in names)], kind)
 
 
 def is_shard(path):
@@ -136,5 +150,5 @@ def is_shard(path):
 
 def shard_members(shard):
     """Names of a shard's images, in the order in which `scan` would find them in a folder."""
-    shard_index.cache_clear()  # a process that looks again sees what has changed since it looked first
+    shard_index.cache_clear()  # who looks again sees what has changed since
     return (os.fsdecode(name) for name in shard_index(str(shard))["name"][1:])

@@ -1,4 +1,4 @@
-"""Frames in tar shards: the same as in folders, read at random, and one sentence when a shard is cut short or has changed."""
+"""Frames in tar shards: the same as in folders, read at random; one sentence for one that is torn or has changed."""
 import io
 import os
 import tarfile
@@ -17,7 +17,8 @@ import shards
 def folder(tmp_path):
     """Six small frames in folders whose names sort differently as paths and as folders."""
     rng = np.random.default_rng(0)
-    for name in ("z.png", "a/0.png", "a/1.jpg", "a-b/0.png", "a/deep/0.png", ".hidden/0.png", "a/notes.txt", "a/été.png"):
+    for name in ("z.png", "a/0.png", "a/1.jpg", "a-b/0.png", "a/deep/0.png", "a/été.png", ".hidden/0.png",
+                 "a/notes.txt"):
         path = tmp_path / "frames" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("txt"):
@@ -96,7 +97,8 @@ def test_a_shard_is_indexed_once(folder, tmp_path, monkeypatch, capsys):
     assert len(data.Frames(shard)) == 6
     monkeypatch.undo()
     os.utime(shard, ns=(1, 1))
-    assert len(data.Frames(shard)) == 6 and "changed since it was indexed, so it is indexed anew" in capsys.readouterr().out
+    assert len(data.Frames(shard)) == 6
+    assert "changed since it was indexed, so it is indexed anew" in capsys.readouterr().out
     for rubbish in (b"", b"no numpy"):
         (tmp_path / "frames.tar.index.npy").write_bytes(rubbish)
         assert len(data.Frames(shard)) == 6
@@ -117,7 +119,7 @@ def test_a_shard_cut_short_compressed_or_changed_ends_in_one_sentence(folder, tm
     whole, frames = shard.read_bytes(), data.Frames(shard)
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[-1]
-    for size in (last.offset_data + 10, last.offset, last.offset + 100, 0):  # in a frame, between two, in a header
+    for size in (last.offset_data + 10, last.offset, last.offset + 100, 0):  # in a frame, between, in a header
         shard.write_bytes(whole[:size])
         with pytest.raises(data.BadShard, match="frames.tar: cut short"):
             data.Frames(shard)

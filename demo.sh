@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All of it in about a quarter of an hour on two cores: synthetic frames, curation, pre-training with an online probe, three probes, figures.
+# All of it, on two cores: synthetic frames, curation, pre-training with an online probe, three probes, their heads on a
+# video, pictures.
 #
 #     ./demo.sh                      everything; the results lie in runs/demo
 #     DEMO_STEPS=20 ./demo.sh        a quick look at every stage; the results lie in runs/demo-20
@@ -47,6 +48,9 @@ fi
 stage landmarks "$python" probe_classify.py "$teacher" --size 98
 stage polyps "$python" probe_segment.py "$teacher" --heads linear --steps 200
 stage mes "$python" probe_mes.py "$teacher" --splits 3
+heads=("$out/teacher_$steps".{landmarks.linear,polyps.linear,mes.ordinal}.pt)
+stage predictions "$python" predict.py "$teacher" --heads "${heads[@]}" --data data/synthetic/unlabelled/video0000 \
+    --overlays 4 --out "$out/predicted"
 
 frames=(data/synthetic/Kvasir-SEG/images/*_0.jpg)
 stage crops "$python" data.py --data data/synthetic/unlabelled --show "$out/crops.png"
@@ -61,4 +65,4 @@ loss = [row["loss"] for row in map(json.loads, open(sys.argv[1])) if "loss" in r
 print(f"\nTotal pre-training loss: {loss[0]:.3f} at the first step, {loss[-1]:.3f} at the last logged one")
 END
 printf '\nPictures:\n'
-ls -1 "$out"/*.png "$out"/curated/*.png
+ls -1 "$out"/*.png "$out"/curated/*.png "$out"/predicted/*.png "$out"/predicted/overlays/*

@@ -39,7 +39,8 @@ def world():
 
 
 def first_decides(compute):
-    """compute() of the first process, in all of them; so is an error that it raises."""
+    """compute() of the first process, in all of them; so is an error that it raises, in the others
+    as a ValueError: see curate.main."""
     box = [None, None]
     if rank() == 0:
         try:
@@ -49,7 +50,7 @@ def first_decides(compute):
     if world() > 1:
         dist.broadcast_object_list(box)
     if box[1] is not None:
-        raise box[1]
+        raise box[1] if rank() == 0 else ValueError(str(box[1]))
     return box[0]
 
 

@@ -28,6 +28,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 import zlib
 from functools import partial
 
@@ -197,7 +198,7 @@ def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
             if readable.any():
                 values = describe(pictures.to(args.device)).float().cpu()
                 if values[readable].isnan().any():
-                    raise ValueError(f"{desc}: the backbone gives no numbers for a readable frame")
+                    raise FloatingPointError(f"{desc}: NaN comes out for a frame that can be read")
                 values[~readable] = torch.nan
             out[b * BATCH:(b + 1) * BATCH] = values.numpy()
             out.flush()
@@ -638,7 +639,11 @@ def main(argv=None):
     args.device = args.device or (gpu if torch.cuda.is_available() else "cpu")
     try:
         return curate(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:  # all processes have found the same: it is said once
+        if rank():
+            time.sleep(1)  # torchrun ends them all with the first that ends: the word is process 0's
+        raise SystemExit(1 if rank() else str(error)) from error
+    except (OSError, FloatingPointError) as error:  # a disk, say, of which one process knows
         raise SystemExit(str(error)) from error
     finally:
         if dist.is_initialized():

@@ -233,7 +233,7 @@ def test_no_stage_reads_more_than_a_chunk_of_the_embeddings(monkeypatch):
 
 
 def processes(plan, tmp_path):
-    """Run curate_worker.py; the word printed for each run of the plan."""
+    """Run curate_worker.py: the word printed for each run of the plan, and what stands in stderr."""
     (tmp_path / "plan.json").write_text(json.dumps(plan, default=str))
     worker = os.path.join(os.path.dirname(__file__), "curate_worker.py")
     root = os.path.dirname(os.path.abspath(curate.__file__))
@@ -241,7 +241,7 @@ def processes(plan, tmp_path):
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root})
     words = [line for line in result.stdout.splitlines() if line in ("done", "killed")]
     assert result.returncode == 0 and len(words) == len(plan), result.stderr
-    return words
+    return words, result.stderr
 
 
 def test_one_two_and_three_processes_give_one_manifest_after_kills_in_every_stage_too(planted, scenes, tmp_path):
@@ -254,11 +254,20 @@ def test_one_two_and_three_processes_give_one_manifest_after_kills_in_every_stag
     plan = [(n, None, [*flags, "--out", tmp_path / str(n)]) for n in (1, 2, 3)]
     plan += [(3, stage, [*flags, "--out", tmp_path / "killed"]) for stage in parallel]
     plan += [(2, None, [*flags, "--out", tmp_path / "killed"])]
-    assert processes(plan, tmp_path) == ["done"] * 3 + ["killed"] * 6 + ["done"]
+    assert processes(plan, tmp_path)[0] == ["done"] * 3 + ["killed"] * 6 + ["done"]
     one = (tmp_path / "1" / "manifest.csv").read_bytes()
     assert len(one.splitlines()) == 9
     for other in ("2", "3", "killed"):
         assert (tmp_path / other / "manifest.csv").read_bytes() == one, other
+
+
+def test_three_processes_end_with_one_sentence(planted, tmp_path):
+    flags = ["--workers", "0", "--device", "cpu", "--out", tmp_path / "out"]
+    words, said = processes([[3, None, ["--data", tmp_path / "nowhere", *flags]],
+                             [3, None, ["--data", planted, "--dark", "2", "3", *flags]],
+                             [3, None, ["--data", planted, "--clusters", "99", *flags]]], tmp_path)
+    assert words == ["killed"] * 3 and "Traceback" not in said.partition("nowhere")[0]
+    assert [said.count(s) for s in ("nowhere: no such folder", "passes the quality filters", "99 clusters asked")] == [1] * 3
 
 
 def test_torchrun_starts_several_processes(planted, tmp_path):

@@ -21,20 +21,20 @@ from shards import (SUFFIXES, BadShard, Sentence, is_shard, open_file, shard_ind
                     split_shard, stamp, visible)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Frames without labels
 
 SIDECARS = (".csv", ".txt", ".json", ".xml", ".md", ".html", ".log", ".ini", ".db", ".npy", ".npz", ".pt", ".tar")
 
 
 class Frames:
-    """Index of unlabelled frames: a folder's in sorted order, a manifest's in its own. A frame costs the bytes of its
-    path + 12, so millions fit.
+    """Index of unlabelled frames: a folder's in sorted order, a manifest's in its own. A frame
+    costs the bytes of its path + 12, so millions fit.
 
-    root: a folder (every sub-folder is a video; a tar shard counts as one), a shard, or a manifest (csv with columns
-    path, video, ...; paths relative to it, `shard.tar/member` in a shard).
-    only: file of paths, names or stems, one a line; every line must match exactly one frame.
-    """
+    root: a folder (every sub-folder is a video; a tar shard counts as one), a shard, or a
+    manifest (csv with columns path, video, ...; paths relative to it, `shard.tar/member` in a
+    shard). only: file of paths, names or stems, one a line; every line must match exactly one
+    frame."""
 
     def __init__(self, root, only=None):
         self.root, passed = Path(root), collections.Counter()
@@ -54,8 +54,8 @@ class Frames:
             self.drop_repeated(manifest, hashes)
 
     def collect(self, entries):
-        """Take up (path, video) pairs, of which there may be millions: never as many Python strings at once. Returns
-        the hash of each path."""
+        """Take up (path, video) pairs, of which there may be millions: never as many Python
+        strings at once. Returns the hash of each path."""
         blob, number, shards = bytearray(), {}, set()  # shards as the paths name them, without ".tar"
         ends, of, hashes = array.array("q"), array.array("i"), array.array("q")
         for path, video in entries:
@@ -101,9 +101,11 @@ class Frames:
 
 
 def scan(root, below="", passed=None):
-    """Relative paths of the images under root, depth first, in sorted order; a tar shard stands for a folder.
+    """Relative paths of the images under root, depth first, in sorted order; a tar shard stands
+    for a folder.
 
-    passed: a Counter that takes up the suffixes of the files that are no images (see say_passed_over)."""
+    passed: a Counter that takes up the suffixes of the files that are no images (see
+    say_passed_over)."""
     here = os.path.join(root, below) if below else root
     if is_shard(here):
         yield from (os.path.join(below, name) for name in shard_members(here))
@@ -123,7 +125,8 @@ def scan(root, below="", passed=None):
 
 
 def say_passed_over(root, passed):
-    """Name, once, the kinds of files that lie among the images and are not read; passed: Counter of suffixes."""
+    """Name, once, the kinds of files that lie among the images and are not read; passed: Counter
+    of suffixes."""
     counts = [f"{n} {suffix or 'without a suffix'}" for suffix, n in passed.most_common() if suffix not in SIDECARS]
     if counts:
         say_once(f"{root}: passed over files that are not read as frames: {', '.join(counts)}. Pictures of other kinds "
@@ -131,8 +134,8 @@ def say_passed_over(root, passed):
 
 
 def matching(entries, only, root):
-    """Those (path, video) of the entries that the lines of the file `only` name; raises after the last one if a line
-    names none."""
+    """Those (path, video) of the entries that the lines of the file `only` name; raises after
+    the last one if a line names none."""
     wanted, found = set(read_lines(only)), {}
     for path, video in entries:
         base = os.path.basename(path)
@@ -150,11 +153,13 @@ def matching(entries, only, root):
                                 + not_utf8(missing[0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lists and tables, as people save them: with a mark of their encoding in front, blanks after commas, empty cells
+# -----------------------------------------------------------------------------------------------
+# Lists and tables, as people save them: with a mark of their encoding in front, blanks after
+# commas, empty cells
 
 def text_of(path):
-    """An open text file. Bytes that are no UTF-8 stay what they are, since names of files need not be any either."""
+    """An open text file. Bytes that are no UTF-8 stay what they are, since names of files need
+    not be any either."""
     with open(path, "rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError(f"{path}: is text in UTF-16: save it as UTF-8")
@@ -172,8 +177,8 @@ def read_lines(path):
 
 
 def read_csv(path, columns, delimiter=",", empty=()):
-    """Yield the rows as dicts. ValueError if one of the columns is not there, or if a row has nothing in one of them
-    that is not in `empty`."""
+    """Yield the rows as dicts. ValueError if one of the columns is not there, or if a row has
+    nothing in one of them that is not in `empty`."""
     with text_of(path) as file:
         rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
         names = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
@@ -187,12 +192,13 @@ def read_csv(path, columns, delimiter=",", empty=()):
             yield row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Labelled data and splits
 
 @dataclass(frozen=True)
 class Split:
-    """Indices (int64) into a Labelled: hyper-parameters are chosen on val, test is what is reported."""
+    """Indices (int64) into a Labelled: hyper-parameters are chosen on val, test is what is
+    reported."""
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
@@ -200,10 +206,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A labelled data set in memory: paths, not pixels. Several splits are folds; none: it can only be tested on.
+    """A labelled data set in memory: paths, not pixels. Several splits are folds; none: it can
+    only be tested on.
 
-    What synthetic.py made says so in the first word of its name, so that no table of it passes for one of patients.
-    """
+    What synthetic.py made says so in the first word of its name, so that no table of it passes
+    for one of patients."""
     name: str
     paths: list
     labels: np.ndarray  # (n,) int64, or None
@@ -242,7 +249,7 @@ def is_synthetic(root):
     return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Which frames belong together
 
 def stem(path):
@@ -250,8 +257,8 @@ def stem(path):
 
 
 def patient(path, otherwise=None):
-    """The id in LIMUC's UC_patient_<id>_<n>.bmp or synthetic.py's patient<id>_<n>.jpg. Of any other name nothing is
-    known: `otherwise`, or the stem."""
+    """The id in LIMUC's UC_patient_<id>_<n>.bmp or synthetic.py's patient<id>_<n>.jpg. Of any
+    other name nothing is known: `otherwise`, or the stem."""
     name = stem(path)
     if "patient" not in name:
         return otherwise or name
@@ -259,10 +266,11 @@ def patient(path, otherwise=None):
 
 
 def groups_of(root, paths, known):
-    """The group of each path: from a groups.csv (file, group) in root if there is one, else `known(path)`.
+    """The group of each path: from a groups.csv (file, group) in root if there is one, else
+    `known(path)`.
 
-    file: a path below root, a name or a stem. ValueError if the list does not have all of the paths.
-    """
+    file: a path below root, a name or a stem. ValueError if the list does not have all of the
+    paths."""
     file, listed = Path(root) / "groups.csv", {}
     if not file.is_file():
         return [known(path) for path in paths]
@@ -278,7 +286,8 @@ def groups_of(root, paths, known):
 
 
 def hold_out(indices, groups, share=10, seed=0):
-    """(rest, one in `share` of the groups) of the indices, seeded; groups: the patient or video of every frame."""
+    """(rest, one in `share` of the groups) of the indices, seeded; groups: the patient or video
+    of every frame."""
     groups = np.asarray(groups)[indices]
     order = np.random.default_rng(seed).permutation(np.unique(groups))
     held = np.isin(groups, order[:max(1, len(order) // share)])
@@ -286,7 +295,8 @@ def hold_out(indices, groups, share=10, seed=0):
 
 
 def fold_splits(folds):
-    """One split per fold: test = fold k, val = the next one, train = the rest. folds: (n,) fold of each item."""
+    """One split per fold: test = fold k, val = the next one, train = the rest. folds: (n,) fold
+    of each item."""
     folds = np.asarray(folds)
     names = np.unique(folds)
     if len(names) < 3:
@@ -313,7 +323,8 @@ def balanced_folds(labels, groups, n_folds, seed=0):
 
 
 def splits_by_group(root, labels, groups, n_folds, classes):
-    """The splits of n_folds balanced folds. ValueError naming root where there are too few groups for three."""
+    """The splits of n_folds balanced folds. ValueError naming root where there are too few
+    groups for three."""
     folds, groups = balanced_folds(labels, groups, n_folds), np.asarray(groups)
     if len(np.unique(folds)) < 3:
         counts = ", ".join(f"{c}: {len(np.unique(groups[labels == k]))}" for k, c in enumerate(classes))
@@ -322,7 +333,7 @@ def splits_by_group(root, labels, groups, n_folds, classes):
     return fold_splits(folds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Folders
 
 def within(root, *names):
@@ -343,7 +354,8 @@ def folders_in(root):
 
 
 def images_in(folder):
-    """Sorted paths of the images right in a folder, then of those in its tar shards; raises if there is none."""
+    """Sorted paths of the images right in a folder, then of those in its tar shards; raises if
+    there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -356,7 +368,7 @@ def images_in(folder):
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # HyperKvasir
 
 HYPER_KVASIR = "hyper-kvasir", "HyperKvasir", "hyperkvasir"
@@ -370,14 +382,14 @@ def load_landmarks(root):
 
 
 def load_uc_grades(root):
-    """HyperKvasir's ulcerative colitis grades 1, 2, 3 (labels 0, 1, 2); frames graded between two grades are left
-    out."""
+    """HyperKvasir's ulcerative colitis grades 1, 2, 3 (labels 0, 1, 2); frames graded between
+    two grades are left out."""
     return load_hyper_kvasir(root, "pathological-findings", GRADES, "HyperKvasir UC grades")
 
 
 def load_hyper_kvasir(root, kind, names, title):
-    """Those classes of the published tree in its official folds; a group of near-duplicates goes where its first
-    frame is, and what stands under two classes is dropped."""
+    """Those classes of the published tree in its official folds; a group of near-duplicates goes
+    where its first frame is, and what stands under two classes is dropped."""
     root = within(root, *HYPER_KVASIR)
     folders = {p.name: p for p in sorted(root.glob(f"labeled-images/*/{kind}/*")) if p.name in names}
     if not folders:
@@ -397,8 +409,8 @@ def load_hyper_kvasir(root, kind, names, title):
 
 
 def official_folds(file, paths):
-    """{stem: fold} of the official list, which must have all of the paths. Its class names differ from the folders'
-    (polyp, polyps), so only the stem joins them."""
+    """{stem: fold} of the official list, which must have all of the paths. Its class names
+    differ from the folders' (polyp, polyps), so only the stem joins them."""
     fold = {}
     for row in read_csv(file, ("file-name", "split-index"), ";"):
         if not row["split-index"].strip().isdigit():
@@ -411,15 +423,16 @@ def official_folds(file, paths):
 
 
 def of_one_label(frames, pictures):
-    """Those (path, label) whose picture, of the same length, has no other label elsewhere: one frame under two labels
-    says nothing."""
+    """Those (path, label) whose picture, of the same length, has no other label elsewhere: one
+    frame under two labels says nothing."""
     labels = collections.defaultdict(set)
     for picture, (_, label) in zip(pictures, frames):
         labels[picture].add(label)
     return [frame for picture, frame in zip(pictures, frames) if len(labels[picture]) == 1]
 
 
-# HyperKvasir has no patient ids, but these pairs are one picture; the first two pairs stand under grades 1 and 2.
+# HyperKvasir has no patient ids, but these pairs are one picture; the first two pairs stand
+# under grades 1 and 2.
 UC_DUPLICATES = (("a773a269-2c3b-4e0f-b08b-6f38be28f459", "3310f409-edcd-4e42-91a2-7ed7f4f1f819"),
                  ("d9500395-1afa-4b21-9f93-92fa4c205052", "ba2d6327-80f2-4ba1-afb5-f432a0e56aa5"),
                  ("42c02f16-5a04-4aa6-b8d4-f28495ffd82c", "5ab39c90-07e9-4598-afa6-adec0e9c23dc"),
@@ -427,8 +440,8 @@ UC_DUPLICATES = (("a773a269-2c3b-4e0f-b08b-6f38be28f459", "3310f409-edcd-4e42-91
 
 
 def near_duplicates(root):
-    """{stem: group} of near-duplicates: the pairs above, and those of an index.csv (file, near_dup_group) in root if
-    there is one."""
+    """{stem: group} of near-duplicates: the pairs above, and those of an index.csv (file,
+    near_dup_group) in root if there is one."""
     groups = {s: pair[0] for pair in UC_DUPLICATES for s in pair}
     if (root / "index.csv").is_file():
         rows = read_csv(root / "index.csv", ("file", "near_dup_group"), empty=("near_dup_group",))
@@ -436,12 +449,13 @@ def near_duplicates(root):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # LIMUC
 
 def load_limuc(root):
-    """LIMUC, Mayo 0-3 (Polat et al. 2022): the ten official folds, each with the fixed test set; without the lists,
-    folds by patient. A file name can stand under two classes (8 do), so the key is (class, name)."""
+    """LIMUC, Mayo 0-3 (Polat et al. 2022): the ten official folds, each with the fixed test set;
+    without the lists, folds by patient. A file name can stand under two classes (8 do), so the
+    key is (class, name)."""
     root = within(root, "LIMUC")
     classes = tuple(f"Mayo {k}" for k in range(4))
     if not (root / "train_and_validation_sets").is_dir():
@@ -491,12 +505,12 @@ def read_fold(path, index):
     return np.array([index[key] for key in keys])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Polyps and their masks
 
 def load_kvasir_seg(root):
-    """Kvasir-SEG (Jha et al. 2020), the official 880 / 120 frames: test is the official val.txt, val a tenth of
-    train.txt."""
+    """Kvasir-SEG (Jha et al. 2020), the official 880 / 120 frames: test is the official val.txt,
+    val a tenth of train.txt."""
     root = within(root, "Kvasir-SEG", "kvasir-seg")
     lists = within(root, "Data-split")
     paths, masks = paired(root)
@@ -525,8 +539,8 @@ def read_list(file, index, folder):
 
 
 def load_pranet(root, test=None):
-    """PraNet's 1,450 training frames (900 Kvasir-SEG + 550 CVC-ClinicDB) and one of its five test sets (Fan et al.
-    2020); without a name Kvasir, or else the first that is there."""
+    """PraNet's 1,450 training frames (900 Kvasir-SEG + 550 CVC-ClinicDB) and one of its five
+    test sets (Fan et al. 2020); without a name Kvasir, or else the first that is there."""
     root = within(root, "data") if not (Path(root) / "TrainDataset").is_dir() else Path(root)
     if test is None:
         there = folders_in(root / "TestDataset") if (root / "TestDataset").is_dir() else []
@@ -544,7 +558,8 @@ def load_pranet(root, test=None):
 
 
 def load_masks(root):
-    """A folder of images/ and masks/: Kvasir-SEG if its official lists are there, or at least one of them."""
+    """A folder of images/ and masks/: Kvasir-SEG if its official lists are there, or at least
+    one of them."""
     folder = within(root, "Kvasir-SEG", "kvasir-seg")
     listed = any((folder / name).exists() for name in ("train.txt", "val.txt", "Data-split"))
     return load_kvasir_seg(root) if listed else load_pairs(root)
@@ -554,8 +569,9 @@ ENOUGH = 20  # frames from which a folder without lists is split
 
 
 def load_pairs(root):
-    """Any folder of images/ and masks/ without lists of splits. From 20 frames up it has a split of its own, by group
-    (groups.csv, or the patients in the names) and seeded: a fifth is tested, a tenth of the rest validates."""
+    """Any folder of images/ and masks/ without lists of splits. From 20 frames up it has a split
+    of its own, by group (groups.csv, or the patients in the names) and seeded: a fifth is
+    tested, a tenth of the rest validates."""
     root = within(root, "Kvasir-SEG", "kvasir-seg")
     paths, masks = paired(root)
     groups, splits = groups_of(root, paths, patient), []
@@ -570,8 +586,8 @@ def load_pairs(root):
 
 
 def paired(root):
-    """Paths of the frames in root/images (or image) and of the masks of the same stem, size and orientation in
-    root/masks (or mask)."""
+    """Paths of the frames in root/images (or image) and of the masks of the same stem, size and
+    orientation in root/masks (or mask)."""
     images, masks = (within(root, name + "s", name) for name in ("image", "mask"))
     if root in (images, masks):
         raise FileNotFoundError(f"{root}: expected the folders images and masks, found {found_in(root)}")
@@ -609,26 +625,26 @@ def header(path):
 
 
 def refuse_one_sided(masks, name):
-    """ValueError if a list of bool tensors, a set's training masks, has nothing to learn from: all empty or all
-    full."""
+    """ValueError if a list of bool tensors, a set's training masks, has nothing to learn from:
+    all empty or all full."""
     for word, reached in (("empty", not any(mask.any() for mask in masks)), ("full", all(mask.all() for mask in masks))):
         if reached:
             raise ValueError(f"{name}: all {len(masks)} training masks are {word}: look at how they are saved")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Classes of one's own
 
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def load_folders(root):
-    """Any labelled set as <class>/<image> or <class>/<patient>/.../<image>: five folds, whole patients, balanced
-    classes. Or train/, val/ (or valid/) and test/ with the same classes in each; without val a tenth of train
-    validates.
+    """Any labelled set as <class>/<image> or <class>/<patient>/.../<image>: five folds, whole
+    patients, balanced classes. Or train/, val/ (or valid/) and test/ with the same classes in
+    each; without val a tenth of train validates.
 
-    Groups: groups.csv, else the first folder below the class, else the patient in the name; else each frame its own.
-    """
+    Groups: groups.csv, else the first folder below the class, else the patient in the name; else
+    each frame its own."""
     root = within(root)
     parts = [name for name in folders_in(root) if has_images(root / name)]
     empty = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in parts)
@@ -687,12 +703,12 @@ def has_images(folder):
     return next(scan(str(folder)), None) is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Whichever layout is there
 
 def open_labelled(root, task):
-    """The labelled data of a task ("landmarks", "polyps" or "mes"), whichever known layout lies in root or just below
-    it."""
+    """The labelled data of a task ("landmarks", "polyps" or "mes"), whichever known layout lies
+    in root or just below it."""
     limuc, kvasir = ("LIMUC",), ("Kvasir-SEG", "kvasir-seg")
     grades = "labeled-images/*/pathological-findings/ulcerative-colitis-grade-?"
     layouts = {  # task: (sub-folders to look in, what must be there, its loader), the first that fits

@@ -147,8 +147,8 @@ def crops(multicrop, frame, path):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     cells = []  # per crop: (caption, as it is cut), (caption, as the network sees it)
     for kind in ("global", "local"):
-        views = zip(batch[kind], seen[f"{kind}_crops"], batch[f"{kind}_colour"])
-        for cut, crop, colour in views:
+        drawn = map(augment.Colour._make, zip(*batch[f"{kind}_colour"]))  # crop by crop
+        for cut, crop, colour in zip(batch[kind], seen[f"{kind}_crops"], drawn):
             (top, left, h, w), flip = boxes[len(cells)], flips[len(cells)]
             caption = f"{kind} {len(cells) + 1}\n{h}x{w} at {top},{left}"
             caption += "\nflipped" if flip else ""
@@ -171,15 +171,13 @@ def crops(multicrop, frame, path):
 
 
 def operations(colour):
-    """What the drawn colour parameters (11,) of a crop do, one operation a line, in their
-    order."""
-    value = colour.tolist()
+    """What the drawn Colour of one crop does, one operation a line, in their order."""
     names = "brightness", "contrast", "saturation", "hue"
-    words = [f"{names[int(op)]} {value[int(op)]:.2f}"
-             for op in value[4:8] if value[int(op)] != augment.IDENTITY[int(op)]]
-    others = {"grayscale": augment.GRAYSCALE, f"blur {value[augment.SIGMA]:.2f}": augment.SIGMA,
-              "solarize": augment.SOLARIZE}
-    words += [word for word, column in others.items() if value[column]]
+    words = [f"{names[which]} {colour.factors[which]:.2f}" for which in colour.order.tolist()
+             if colour.factors[which] != augment.IDENTITY[which]]
+    words += ["grayscale"] * bool(colour.grayscale)
+    words += [f"blur {colour.sigma:.2f}"] * bool(colour.sigma)
+    words += ["solarize"] * bool(colour.solarize)
     return "\n".join(words or ["no change"])
 
 

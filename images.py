@@ -1,4 +1,5 @@
-"""One picture: found in a folder or a tar shard, opened, turned upright, brought to 8 bits, decoded; and masks.
+"""One picture: found in a folder or a tar shard, opened, turned upright, brought to 8 bits,
+decoded; and masks.
 
     image = read_image("a.jpg")                          # PIL RGB; read_image("a.jpg", (224, 224)) may decode it smaller
     mask = read_mask("a.png", 224)                       # (224, 224) bool
@@ -24,14 +25,16 @@ said = set()
 
 
 def say_once(text, about=None):
-    """Print a line to stderr, unless one about this was printed before; of several processes the first speaks."""
+    """Print a line to stderr, unless one about this was printed before; of several processes the
+    first speaks."""
     if (about or text) not in said and os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
     said.add(about or text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: one function opens every picture, so that its faults, its turning and its depth are seen to in one place
+# -----------------------------------------------------------------------------------------------
+# Reading: one function opens every picture, so that its faults, its turning and its depth are
+# seen to in one place
 
 MAX_PIXELS = 64_000_000  # larger than any endoscope's frame; decoding it would stall or kill a worker
 TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}  # the machine's faults, not the file's
@@ -43,16 +46,17 @@ class BadImage(Sentence, ValueError):
 
 
 class Transient(Sentence, OSError):
-    """A disk, a network drive or the memory failed three times, a second apart: no fault of the frame that is named.
+    """A disk, a network drive or the memory failed three times, a second apart: no fault of the
+    frame that is named.
 
-    No BadImage, since a healthy frame must not be counted as unreadable, or remembered as such. Whoever reads ends
-    with this sentence: a run of training saves first, and all its processes end together; work that is kept on disk
-    marks nothing as done that was read with it.
-    """
+    No BadImage, since a healthy frame must not be counted as unreadable, or remembered as such.
+    Whoever reads ends with this sentence: a run of training saves first, and all its processes
+    end together; work that is kept on disk marks nothing as done that was read with it."""
 
 
 def retried(read):
-    """Decorator of a function that reads: after a Transient it is called again, a second later, three times in all."""
+    """Decorator of a function that reads: after a Transient it is called again, a second later,
+    three times in all."""
     @functools.wraps(read)
     def reading(*args, **kwargs):
         for _ in range(ATTEMPTS - 1):
@@ -65,8 +69,8 @@ def retried(read):
 
 @contextlib.contextmanager
 def opened(path):
-    """The Picture in a file or in a shard, its header read and not decoded yet. Whatever goes wrong inside is a
-    BadImage that names the file, or a Transient."""
+    """The Picture in a file or in a shard, its header read and not decoded yet. Whatever goes
+    wrong inside is a BadImage that names the file, or a Transient."""
     try:
         with Image.open(open_file(path)) as image:
             width, height = image.size
@@ -91,7 +95,8 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
 
 
 class Picture:
-    """An opened image: `size` (width, height) is the upright one's, `image` Pillow's, as it is stored."""
+    """An opened image: `size` (width, height) is the upright one's, `image` Pillow's, as it is
+    stored."""
 
     def __init__(self, image):
         self.image, self.orientation = image, orientation(image)
@@ -114,7 +119,8 @@ def orientation(image):
 
 
 def decode(picture, factor=1):
-    """Upright RGB pixels of a Picture, its stored sides divided by `factor` (1, 2, 4 or 8) and rounded up."""
+    """Upright RGB pixels of a Picture, its stored sides divided by `factor` (1, 2, 4 or 8) and
+    rounded up."""
     image = picture.image
     deep = ";16" in str(getattr(image, "tile", ""))  # known until the pixels are there
     if factor > 1 and image.format == "JPEG":
@@ -133,10 +139,11 @@ def load(picture):
 
 
 def eight_bits(image, deep):
-    """A loaded image with 8 bits a channel; ValueError where the range of its values cannot be known.
+    """A loaded image with 8 bits a channel; ValueError where the range of its values cannot be
+    known.
 
-    deep: it had 16 (of which Pillow keeps the upper 8 where there are colours). 12 bits stored in 16 would be black.
-    """
+    deep: it had 16 (of which Pillow keeps the upper 8 where there are colours). 12 bits stored
+    in 16 would be black."""
     if image.mode == "F":
         raise ValueError("holds floating-point numbers, of which nobody knows what is white: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -153,12 +160,12 @@ def eight_bits(image, deep):
 
 @retried
 def read_image(path, draft=None):
-    """Upright PIL RGB image. draft: (width, height) that the caller needs at least: a much larger frame is decoded at
-    1/2, 1/4 or 1/8.
+    """Upright PIL RGB image. draft: (width, height) that the caller needs at least: a much
+    larger frame is decoded at 1/2, 1/4 or 1/8.
 
-    16 bits are divided by 257; of several pictures the first is read. Raises BadImage for a missing, unreadable, empty,
-    truncated or absurdly large file and for one whose range is unknown (see eight_bits), Transient for a failing disk.
-    """
+    16 bits are divided by 257; of several pictures the first is read. Raises BadImage for a
+    missing, unreadable, empty, truncated or absurdly large file and for one whose range is
+    unknown (see eight_bits), Transient for a failing disk."""
     with opened(path) as picture:
         room = min(picture.width / draft[0], picture.height / draft[1]) if draft else 1
         return decode(picture, shrink(room))
@@ -175,8 +182,9 @@ def eval_image(path, size=224, view="crop"):
 
 
 def square(image, size, view="crop"):
-    """PIL RGB image -> (3, size, size) normalised floats. view "crop": short side to size*256/224, bicubic, then the
-    centre (DINOv2's evaluation transform); "stretch": all of the frame, for what must not lose its borders."""
+    """PIL RGB image -> (3, size, size) normalised floats. view "crop": short side to
+    size*256/224, bicubic, then the centre (DINOv2's evaluation transform); "stretch": all of the
+    frame, for what must not lose its borders."""
     if view == "crop":
         image = TF.center_crop(TF.resize(image, round(size * 256 / 224), InterpolationMode.BICUBIC), size)
     else:
@@ -184,9 +192,10 @@ def square(image, size, view="crop"):
     return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks: saved as 0 and 255, as 0 and 1, in colours, in a palette, in an alpha channel, with 16 bits, as JPEG. What
-# cannot be told from what it might mean otherwise is refused: a mask read as empty would not be noticed in a mean
+# -----------------------------------------------------------------------------------------------
+# Masks: saved as 0 and 255, as 0 and 1, in colours, in a palette, in an alpha channel, with 16
+# bits, as JPEG. What cannot be told from what it might mean otherwise is refused: a mask read as
+# empty would not be noticed in a mean
 
 LOSSY = {"JPEG", "MPO"}  # values near 0 and near 255 where 0 and 255 were meant
 
@@ -195,9 +204,9 @@ LOSSY = {"JPEG", "MPO"}  # values near 0 and near 255 where 0 and 255 were meant
 def read_mask(path, size=None):
     """(H, W) bool tensor, upright, True on the object; with `size`, shrunk to that square.
 
-    0 and one other value, whichever, are the two halves of a lossless mask; of a lossy one everything above 127 is the
-    object, and it is empty if nothing reaches 16. BadImage if the values mean neither.
-    """
+    0 and one other value, whichever, are the two halves of a lossless mask; of a lossy one
+    everything above 127 is the object, and it is empty if nothing reaches 16. BadImage if the
+    values mean neither."""
     with opened(path) as picture:
         load(picture)
         mask = picture.upright(Image.fromarray(black_and_white(mask_values(picture.image), picture.image.format in LOSSY)))
@@ -206,7 +215,8 @@ def read_mask(path, size=None):
 
 
 def mask_values(image):
-    """(H, W) array of a loaded mask: its grey values, or where it has colours whatever in them tells two halves apart."""
+    """(H, W) array of a loaded mask: its grey values, or where it has colours whatever in them
+    tells two halves apart."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = np.asarray(image.convert("RGBA"))                                     # (H, W, 4)
         varies = np.ptp(rgba, (0, 1)) > 0                                            # (4,)
@@ -234,7 +244,8 @@ def mask_values(image):
 
 
 def black_and_white(values, lossy):
-    """(H, W) uint8, above 127 on the object. ValueError where the largest value is neither the other half of 0 nor white."""
+    """(H, W) uint8, above 127 on the object. ValueError where the largest value is neither the
+    other half of 0 nor white."""
     low, high = values.min(), values.max()
     if lossy:
         if high < 16:

@@ -21,7 +21,8 @@ def where(image, colour):
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 def test_overlay_outlines_the_mask_where_it_lies(kind):
-    """A mask of a quarter of the frame's resolution is stretched to it; only its border is drawn, and inside it."""
+    """A mask of a quarter of the frame's resolution is stretched to it; only its border is
+    drawn, and inside it."""
     mask = np.zeros((50, 60), bool)
     mask[20:30, 10:40] = True
     frame = Image.new("RGB", (240, 200), (90, 30, 20))
@@ -37,37 +38,45 @@ def test_overlay_writes_its_lines_above_and_its_note_below():
     frame = Image.new("L", (300, 200), 120)
 
     def written(**given):
-        return np.argwhere(np.asarray(figures.overlay(frame, **given)).min(-1) > 200)  # white, its edges smoothed
+        drawn = np.asarray(figures.overlay(frame, **given))
+        return np.argwhere(drawn.min(-1) > 200)  # white, its edges smoothed
 
     assert len(written(note="")) == 0
     note, lines = written(), written(lines=["cecum 0.93", "Mayo 2"], note="")
-    assert note[:, 0].min() > 170 and note[:, 1].min() > 150  # without being asked for: it is no medical device
+    # Without being asked for: it is no medical device
+    assert note[:, 0].min() > 170 and note[:, 1].min() > 150
     assert lines[:, 0].max() < 60 and lines[:, 1].max() < 150
 
 
 def test_overlay_of_an_empty_and_of_a_full_mask():
     frame = Image.new("RGB", (64, 48))
     assert len(where(figures.overlay(frame, np.zeros((48, 64), bool), note=""), YELLOW)) == 0
-    figures.overlay(frame, np.ones((48, 64), bool))  # a frame that is all polyp has no outside: no border, no error
+    # A frame that is all polyp has no outside: no border, no error
+    figures.overlay(frame, np.ones((48, 64), bool))
 
 
 def test_stretches_end_at_other_labels_gaps_and_pauses():
     times = np.array([0, 1, 2, 3, 4, 20, 21, 22])
     values = np.array([1, 1, 2, np.nan, 2, 2, 2, 0])
-    assert [run.tolist() for run in figures.stretches(times, values, 4, True)] == [[0, 1], [2], [4], [5, 6], [7]]
-    assert [run.tolist() for run in figures.stretches(times, values, 4, False)] == [[0, 1, 2], [4], [5, 6, 7]]
+    same, any_value = ([run.tolist() for run in figures.stretches(times, values, 4, same)]
+                       for same in (True, False))
+    assert same == [[0, 1], [2], [4], [5, 6], [7]]
+    assert any_value == [[0, 1, 2], [4], [5, 6, 7]]
 
 
 def test_timeline_bars_stand_in_the_row_of_their_class_and_leave_gaps(tmp_path):
     labels = [0, 0, 0, 0, 1, None, 1, 1, 1, 1]
-    figures.timeline(tmp_path / "t.png", "a video", np.arange(10) / 2, [("Mayo", labels, ["0", "1"])])
+    tracks = [("Mayo", labels, ["0", "1"])]
+    figures.timeline(tmp_path / "t.png", "a video", np.arange(10) / 2, tracks)
     with Image.open(tmp_path / "t.png") as picture:
-        first, second = (where(picture, tuple(bytes.fromhex(ink[1:]))) for ink in figures.TRACK_INKS[:2])
+        first, second = (where(picture, tuple(bytes.fromhex(ink[1:])))
+                         for ink in figures.TRACK_INKS[:2])
     assert first[:, 0].max() < second[:, 0].min()  # the first class on top
     assert abs(first[:, 1].min() - 170) < 5 and abs(first[:, 1].max() - (170 + 800 * 0.4)) < 5
     columns = np.unique(second[:, 1])
     gap = columns[np.flatnonzero(np.diff(columns) > 1)[0]], np.diff(columns).max()
-    assert abs(gap[0] - (170 + 800 * 0.5)) < 5 and abs(gap[1] - 80) < 8  # the frame that could not be read
+    # The frame that could not be read
+    assert abs(gap[0] - (170 + 800 * 0.5)) < 5 and abs(gap[1] - 80) < 8
 
 
 @pytest.mark.parametrize("times, values", [([0], [None]), ([0, 0.2], [0.0, 0.0]), ([7.0], [3.5])])

@@ -72,11 +72,13 @@ def test_timeline_bars_stand_in_the_row_of_their_class_and_leave_gaps(tmp_path):
         first, second = (where(picture, tuple(bytes.fromhex(ink[1:])))
                          for ink in figures.TRACK_INKS[:2])
     assert first[:, 0].max() < second[:, 0].min()  # the first class on top
-    assert abs(first[:, 1].min() - 170) < 5 and abs(first[:, 1].max() - (170 + 800 * 0.4)) < 5
+    left, width = 70, 900  # of the axis, beside names of one letter
+    assert abs(first[:, 1].min() - left) < 5
+    assert abs(first[:, 1].max() - (left + width * 0.4)) < 5
     columns = np.unique(second[:, 1])
     gap = columns[np.flatnonzero(np.diff(columns) > 1)[0]], np.diff(columns).max()
     # The frame that could not be read
-    assert abs(gap[0] - (170 + 800 * 0.5)) < 5 and abs(gap[1] - 80) < 8
+    assert abs(gap[0] - (left + width * 0.5)) < 5 and abs(gap[1] - width * 0.1) < 8
 
 
 @pytest.mark.parametrize("times, values", [([0], [None]), ([0, 0.2], [0.0, 0.0]), ([7.0], [3.5])])

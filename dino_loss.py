@@ -83,9 +83,10 @@ def sinkhorn(logits, temp, n_iters=3):
         return sinkhorn_log_domain(logits, temp, n_iters)
     m = torch.add(-high / temp, logits, alpha=1 / temp).exp_()  # (n, K), at most 1; one new matrix, written twice
     v = m.new_ones(len(m))                        # (n,) row factors
-    for _ in range(n_iters):
-        u = 1 / all_reduce(v @ m)                 # (K,) every column of diag(v) M diag(u), all rows: total 1
-        v = 1 / (m @ u)                           # (n,) every row: total 1
+    with torch.autocast(m.device.type, enabled=False):  # 16-bit products of 65,536 terms would be wrong in the third digit
+        for _ in range(n_iters):
+            u = 1 / all_reduce(v @ m)             # (K,) every column of diag(v) M diag(u), all rows: total 1
+            v = 1 / (m @ u)                       # (n,) every row: total 1
     return m.mul_(u).mul_(v[:, None])
 
 

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from dino_loss import (DINOHead, centered_softmax, collapse_stats, dino_loss, ibot_loss, koleo_loss, sinkhorn,
-                       sinkhorn_log_domain, update_center)
+                       sinkhorn_log_domain, teacher_targets, update_center)
 
 B, K, L = 6, 97, 5  # of the reference case
 
@@ -239,3 +239,14 @@ def test_collapse_stats_tell_three_states_apart():
     healthy = collapse_stats(torch.eye(16)[:8] * 10, 0.05)                # every row on its own
     assert healthy["mean_entropy"] == pytest.approx(0, abs=1e-6) and healthy["entropy_of_mean"] == pytest.approx(math.log(8))
     assert healthy["prototypes_used"] == 8 and healthy["kl_to_uniform"] == pytest.approx(math.log(16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
+def test_targets_are_float32_also_under_autocast(centering, dtype):
+    """The targets are made inside the forward pass, where matrix products are in 16 bits."""
+    logits = torch.randn(48, 512, generator=torch.Generator().manual_seed(0)) / 16
+    center = torch.full((512,), 0.1) if centering == "centering" else None
+    expected = teacher_targets(logits, 0.04, center)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(teacher_targets(logits, 0.04, center), expected)

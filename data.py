@@ -1,7 +1,7 @@
 """Frames: where they lie, how they are read, labelled and split.
 
-    python data.py --data FRAMES --show sheet.png        the crops and masks of one frame, as the network sees them
-    python data.py --show sheet.png                      the same of a synthetic frame (the set is made on first use)
+    python data.py --data FRAMES --show sheet.png   one frame's crops and masks, as the network sees them
+    python data.py --show sheet.png                 the same of a synthetic frame
 """
 import argparse
 import array
@@ -15,16 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from images import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Transient, decode, eval_image, opened,  # noqa: F401
-                    read_image, read_mask, retried, say_once, shrink, square)
-from shards import (SUFFIXES, BadShard, Sentence, is_shard, open_file, shard_index, shard_members,  # noqa: F401
-                    split_shard, stamp, visible)
+from images import (IMAGENET_MEAN, IMAGENET_STD, BadImage, Transient, decode,  # noqa: F401
+                    eval_image, opened, read_image, read_mask, retried, say_once, shrink, square)
+from shards import (SUFFIXES, BadShard, Sentence, is_shard, open_file, shard_index,  # noqa: F401
+                    shard_members, split_shard, stamp, visible)
 
 
 # -----------------------------------------------------------------------------------------------
 # Frames without labels
 
-SIDECARS = (".csv", ".txt", ".json", ".xml", ".md", ".html", ".log", ".ini", ".db", ".npy", ".npz", ".pt", ".tar")
+SIDECARS = (".csv", ".txt", ".json", ".xml", ".md", ".html", ".log", ".ini", ".db", ".npy", ".npz",
+            ".pt", ".tar")  # lie beside frames, and nobody would take them for any
 
 
 class Frames:
@@ -56,7 +57,7 @@ class Frames:
     def collect(self, entries):
         """Take up (path, video) pairs, of which there may be millions: never as many Python
         strings at once. Returns the hash of each path."""
-        blob, number, shards = bytearray(), {}, set()  # shards as the paths name them, without ".tar"
+        blob, number, shards = bytearray(), {}, set()  # shards by their names without ".tar"
         ends, of, hashes = array.array("q"), array.array("i"), array.array("q")
         for path, video in entries:
             name = os.fsencode(path)
@@ -78,8 +79,8 @@ class Frames:
         if len(kept) == len(self):
             return
         again = np.setdiff1d(np.arange(len(self)), kept)
-        say_once(f"{manifest}: {len(again)} rows name a frame that an earlier row names, such as {self.name(again[0])}; "
-                 "each frame counts once")
+        say_once(f"{manifest}: {len(again)} rows name a frame that an earlier row names, such as "
+                 f"{self.name(again[0])}; each frame counts once")
         names = [self.raw(i) for i in kept]
         self.blob, self.ends = b"".join(names), np.cumsum([len(name) for name in names])
         self.video_of = self.video_of[kept]
@@ -111,7 +112,8 @@ def scan(root, below="", passed=None):
         yield from (os.path.join(below, name) for name in shard_members(here))
         return
     with os.scandir(here) as entries:
-        entries = sorted((e.name, e.is_dir() or is_shard(e.path)) for e in entries if visible(e.name))
+        entries = sorted((e.name, e.is_dir() or is_shard(e.path))
+                         for e in entries if visible(e.name))
     folders = [name for name, is_dir in entries if is_dir]
     if "images" in folders and "masks" in folders:
         folders.remove("masks")  # labels of the frames beside them, not frames
@@ -127,10 +129,11 @@ def scan(root, below="", passed=None):
 def say_passed_over(root, passed):
     """Name, once, the kinds of files that lie among the images and are not read; passed: Counter
     of suffixes."""
-    counts = [f"{n} {suffix or 'without a suffix'}" for suffix, n in passed.most_common() if suffix not in SIDECARS]
+    counts = [f"{n} {suffix or 'without a suffix'}" for suffix, n in passed.most_common()
+              if suffix not in SIDECARS]
     if counts:
-        say_once(f"{root}: passed over files that are not read as frames: {', '.join(counts)}. Pictures of other kinds "
-                 "must be converted, videos cut into frames")
+        say_once(f"{root}: passed over files that are not read as frames: {', '.join(counts)}. "
+                 "Pictures of other kinds must be converted, videos cut into frames")
 
 
 def matching(entries, only, root):
@@ -138,19 +141,19 @@ def matching(entries, only, root):
     the last one if a line names none."""
     wanted, found = set(read_lines(only)), {}
     for path, video in entries:
-        base = os.path.basename(path)
-        names = path, base, os.path.splitext(base)[0], os.path.splitext(path)[0], os.path.join(root, path)
-        named = wanted.intersection(names)
+        bare, base = os.path.splitext(path)[0], os.path.basename(path)
+        named = wanted & {path, base, bare, stem(path), os.path.join(root, path)}
         for line in named & found.keys():
             if found[line] != path:
-                raise ValueError(f"{only}: {line!r} means both {found[line]} and {path}: give the path")
+                raise ValueError(f"{only}: {line!r} means both {found[line]} and {path}: "
+                                 "give the path")
         found |= dict.fromkeys(named, path)
         if named:
             yield path, video
     missing = sorted(wanted - found.keys())
     if missing:
-        raise FileNotFoundError(f"{only}: {len(missing)} lines name no frame under {root}, such as {missing[0]!r}"
-                                + not_utf8(missing[0]))
+        raise FileNotFoundError(f"{only}: {len(missing)} lines name no frame under {root}, such as "
+                                f"{missing[0]!r}{not_utf8(missing[0])}")
 
 
 # -----------------------------------------------------------------------------------------------
@@ -184,11 +187,12 @@ def read_csv(path, columns, delimiter=",", empty=()):
         names = rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         missing = [c for c in columns if c not in names]
         if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)}; the first line names {names or 'nothing'}")
+            raise ValueError(f"{path}: no column {', '.join(missing)}; the first line names "
+                             f"{names or 'nothing'}")
         for row in rows:
-            lacking = [c for c in columns if row[c] is None or not row[c].strip() and c not in empty]
-            if lacking:
-                raise ValueError(f"{path}: line {rows.line_num} has no {' and no '.join(lacking)}")
+            for column in columns:
+                if row[column] is None or not row[column].strip() and column not in empty:
+                    raise ValueError(f"{path}: line {rows.line_num} has no {column}")
             yield row
 
 
@@ -215,7 +219,7 @@ class Labelled:
     paths: list
     labels: np.ndarray  # (n,) int64, or None
     classes: tuple
-    groups: list  # patient, video or near-duplicate group of each path; a name of its own where nothing is known
+    groups: list  # patient, video or near-duplicates of each path; its own name if nothing is known
     masks: list  # path of each frame's mask, or None
     splits: list
     root: str = ""  # the folder that was read
@@ -225,11 +229,13 @@ class Labelled:
             object.__setattr__(self, "name", f"synthetic frames in the layout of {self.name}")
         groups = np.asarray(self.groups)
         for k, split in enumerate(self.splits):
-            train, val, test = (set(groups[part]) for part in (split.train, split.val, split.test))
+            parts = split.train, split.val, split.test
+            train, val, test = (set(groups[part]) for part in parts)
             crossing = train & val | train & test | val & test
             if crossing:
-                raise ValueError(f"{self.root or self.name}: {len(crossing)} groups cross split {k}, such as "
-                                 f"{min(crossing)}: all frames of a patient must be in one part of it")
+                raise ValueError(f"{self.root or self.name}: {len(crossing)} groups cross split {k}, "
+                                 f"such as {min(crossing)}: all frames of a patient must be in one "
+                                 "part of it")
 
     @property
     def grouping(self):
@@ -237,14 +243,16 @@ class Labelled:
         groups = len(set(self.groups))
         if groups < len(self.paths):
             return f"{groups} groups of frames (patients, videos, near-duplicates)"
-        return "of no two frames it is known that they belong together, so frames count as independent (see groups.csv)"
+        return ("of no two frames it is known that they belong together, so frames count as "
+                "independent (a groups.csv would say)")
 
 
 def is_synthetic(root):
     """Whether synthetic.py wrote what lies under root: its made_by.json is there or above."""
     for folder in (Path(root).resolve(), *Path(root).resolve().parents):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if {"videos", "scale", "seed"} <= json.loads((folder / "made_by.json").read_text()).keys():
+            made_by = json.loads((folder / "made_by.json").read_text())
+            if {"videos", "scale", "seed"} <= made_by.keys():
                 return True
     return False
 
@@ -276,7 +284,8 @@ def groups_of(root, paths, known):
         return [known(path) for path in paths]
     for row in read_csv(file, ("file", "group")):
         if listed.setdefault(row["file"], row["group"]) != row["group"]:
-            raise ValueError(f"{file}: {row['file']} is in two groups, {listed[row['file']]} and {row['group']}")
+            raise ValueError(f"{file}: {row['file']} is in two groups, {listed[row['file']]} and "
+                             f"{row['group']}")
     names = [(os.path.relpath(path, root), os.path.basename(path), stem(path)) for path in paths]
     found = [next((listed[name] for name in of if name in listed), None) for of in names]
     missing = [name for (name, *_), group in zip(names, found) if group is None]
@@ -300,9 +309,13 @@ def fold_splits(folds):
     folds = np.asarray(folds)
     names = np.unique(folds)
     if len(names) < 3:
-        raise ValueError(f"folds {names.tolist()}: three or more are needed for train, val and test")
-    parts = [((folds != t) & (folds != v), folds == v, folds == t) for t, v in zip(names, np.roll(names, -1))]
-    return [Split(*(np.flatnonzero(part) for part in of)) for of in parts]
+        raise ValueError(f"folds {names.tolist()}: three or more are needed for training, "
+                         "validation and test frames")
+    splits = []
+    for test, val in zip(names, np.roll(names, -1)):
+        parts = (folds != test) & (folds != val), folds == val, folds == test
+        splits.append(Split(*map(np.flatnonzero, parts)))
+    return splits
 
 
 def balanced_folds(labels, groups, n_folds, seed=0):
@@ -315,7 +328,7 @@ def balanced_folds(labels, groups, n_folds, seed=0):
     have, fold_of = np.zeros((n_folds, counts.shape[1])), np.zeros(len(names), int)
     order = np.random.default_rng(seed).permutation(len(names))
     for g in order[np.argsort(-counts[order].sum(1), kind="stable")]:  # the largest groups first
-        off = (have - share) / share.clip(1)  # each fold's distance from an even share of each class
+        off = (have - share) / share.clip(1)  # how far a fold is from an even share of each class
         then = (have + counts[g] - share) / share.clip(1)
         fold_of[g] = (then ** 2 - off ** 2).sum(1).argmin()
         have[fold_of[g]] += counts[g]
@@ -327,9 +340,10 @@ def splits_by_group(root, labels, groups, n_folds, classes):
     groups for three."""
     folds, groups = balanced_folds(labels, groups, n_folds), np.asarray(groups)
     if len(np.unique(folds)) < 3:
-        counts = ", ".join(f"{c}: {len(np.unique(groups[labels == k]))}" for k, c in enumerate(classes))
-        raise ValueError(f"{root}: training, validation and test frames need three patients of each class, or other "
-                         f"groups of frames; found {counts}")
+        counts = ", ".join(f"{name}: {len(set(groups[labels == k]))}"
+                           for k, name in enumerate(classes))
+        raise ValueError(f"{root}: training, validation and test frames need three patients of each "
+                         f"class, or other groups of frames; found {counts}")
     return fold_splits(folds)
 
 
@@ -361,8 +375,10 @@ def images_in(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     files = sorted(p for p in folder.iterdir() if visible(p.name) and not p.is_dir())
     paths = [str(p) for p in files if p.suffix.lower() in SUFFIXES]
-    say_passed_over(folder, collections.Counter(s for p in files if (s := p.suffix.lower()) not in SUFFIXES))
-    paths += [f"{shard}/{name}" for shard in files if is_shard(shard) for name in shard_members(shard)]
+    others = [p.suffix.lower() for p in files if p.suffix.lower() not in SUFFIXES]
+    say_passed_over(folder, collections.Counter(others))
+    for shard in filter(is_shard, files):
+        paths += [f"{shard}/{name}" for name in shard_members(shard)]
     if not paths:
         raise FileNotFoundError(f"{folder}: no images in this folder")
     return paths
@@ -378,7 +394,8 @@ GRADES = tuple(f"ulcerative-colitis-grade-{g}" for g in (1, 2, 3))
 
 def load_landmarks(root):
     """HyperKvasir's six anatomical landmarks in its official 5 folds (Borgli et al. 2020)."""
-    return load_hyper_kvasir(root, "anatomical-landmarks", LANDMARKS, "HyperKvasir anatomical landmarks")
+    return load_hyper_kvasir(root, "anatomical-landmarks", LANDMARKS,
+                             "HyperKvasir anatomical landmarks")
 
 
 def load_uc_grades(root):
@@ -391,13 +408,14 @@ def load_hyper_kvasir(root, kind, names, title):
     """Those classes of the published tree in its official folds; a group of near-duplicates goes
     where its first frame is, and what stands under two classes is dropped."""
     root = within(root, *HYPER_KVASIR)
-    folders = {p.name: p for p in sorted(root.glob(f"labeled-images/*/{kind}/*")) if p.name in names}
+    found = sorted(root.glob(f"labeled-images/*/{kind}/*"))
+    folders = {folder.name: folder for folder in found if folder.name in names}
     if not folders:
         raise FileNotFoundError(f"{root}: expected HyperKvasir's labeled-images/*/{kind}/<class>, "
                                 f"found {found_in(root)}")
     classes = tuple(name for name in names if name in folders)
-    frames = [(path, label) for label, name in enumerate(classes) for path in images_in(folders[name])]
-    fold = official_folds(root / "official_splits" / "5_fold_split.csv", [path for path, _ in frames])
+    frames = [(path, k) for k, name in enumerate(classes) for path in images_in(folders[name])]
+    fold = official_folds(root / "official_splits/5_fold_split.csv", [path for path, _ in frames])
     twins = near_duplicates(root)
     frames = of_one_label(frames, [twins.get(stem(path), path) for path, _ in frames])
     paths, labels = [path for path, _ in frames], np.array([label for _, label in frames])
@@ -414,11 +432,13 @@ def official_folds(file, paths):
     fold = {}
     for row in read_csv(file, ("file-name", "split-index"), ";"):
         if not row["split-index"].strip().isdigit():
-            raise ValueError(f"{file}: {row['file-name']} is in fold {row['split-index']!r}, which is no number")
+            raise ValueError(f"{file}: {row['file-name']} is in fold {row['split-index']!r}, "
+                             "which is no number")
         fold[stem(row["file-name"])] = int(row["split-index"])
     unlisted = [path for path in paths if stem(path) not in fold]
     if unlisted:
-        raise ValueError(f"{file}: {len(unlisted)} frames on disk are not listed, such as {unlisted[0]}")
+        raise ValueError(f"{file}: {len(unlisted)} frames on disk are not listed, such as "
+                         f"{unlisted[0]}")
     return fold
 
 
@@ -433,10 +453,11 @@ def of_one_label(frames, pictures):
 
 # HyperKvasir has no patient ids, but these pairs are one picture; the first two pairs stand
 # under grades 1 and 2.
-UC_DUPLICATES = (("a773a269-2c3b-4e0f-b08b-6f38be28f459", "3310f409-edcd-4e42-91a2-7ed7f4f1f819"),
-                 ("d9500395-1afa-4b21-9f93-92fa4c205052", "ba2d6327-80f2-4ba1-afb5-f432a0e56aa5"),
-                 ("42c02f16-5a04-4aa6-b8d4-f28495ffd82c", "5ab39c90-07e9-4598-afa6-adec0e9c23dc"),
-                 ("946cd5e6-1f6a-4188-9534-ee725f754106", "b0a65ced-68d6-4362-b3b7-4ca36fb93e53"))
+UC_DUPLICATES = (
+    ("a773a269-2c3b-4e0f-b08b-6f38be28f459", "3310f409-edcd-4e42-91a2-7ed7f4f1f819"),
+    ("d9500395-1afa-4b21-9f93-92fa4c205052", "ba2d6327-80f2-4ba1-afb5-f432a0e56aa5"),
+    ("42c02f16-5a04-4aa6-b8d4-f28495ffd82c", "5ab39c90-07e9-4598-afa6-adec0e9c23dc"),
+    ("946cd5e6-1f6a-4188-9534-ee725f754106", "b0a65ced-68d6-4362-b3b7-4ca36fb93e53"))
 
 
 def near_duplicates(root):
@@ -444,8 +465,9 @@ def near_duplicates(root):
     near_dup_group) in root if there is one."""
     groups = {s: pair[0] for pair in UC_DUPLICATES for s in pair}
     if (root / "index.csv").is_file():
-        rows = read_csv(root / "index.csv", ("file", "near_dup_group"), empty=("near_dup_group",))
-        groups |= {stem(row["file"]): f"near-duplicate {row['near_dup_group']}" for row in rows if row["near_dup_group"]}
+        for row in read_csv(root / "index.csv", ("file", "near_dup_group"), empty=("near_dup_group",)):
+            if row["near_dup_group"]:
+                groups[stem(row["file"])] = f"near-duplicate {row['near_dup_group']}"
     return groups
 
 
@@ -469,12 +491,13 @@ def load_limuc(root):
     if lists.is_dir():
         index = {Path(path).parts[-2:]: i for i, path in enumerate(rest)}
         folders = sorted(lists.glob("fold_*"), key=lambda p: int(p.name.split("_")[1]))
-        splits = [Split(*(read_fold(fold / f"{part}.json", index) for part in ("train", "val")), test)
+        splits = [Split(read_fold(fold / "train.json", index), read_fold(fold / "val.json", index), test)
                   for fold in folders]
         title = "LIMUC, ten official folds"
     else:
         folds = balanced_folds(labels[:n], groups[:n], 10)
-        splits = [Split(np.flatnonzero(folds != k), np.flatnonzero(folds == k), test) for k in range(10)]
+        splits = [Split(np.flatnonzero(folds != k), np.flatnonzero(folds == k), test)
+                  for k in range(10)]
         title = "LIMUC, official test set, ten folds by patient"
     return Labelled(title, paths, labels, classes, groups, None, splits, str(root))
 
@@ -483,8 +506,9 @@ def load_limuc_by_patient(root, classes):
     folder = root / "patient_based_classified_images"
     paths = sorted(str(p) for p in folder.glob("*/Mayo ?/*") if p.suffix.lower() in SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"{root}: expected LIMUC's train_and_validation_sets/Mayo k and test_set/Mayo k, or "
-                                f"patient_based_classified_images/<patient>/Mayo k, found {found_in(root)}")
+        raise FileNotFoundError(f"{root}: expected LIMUC's train_and_validation_sets/Mayo k and "
+                                "test_set/Mayo k, or patient_based_classified_images/<patient>/"
+                                f"Mayo k, found {found_in(root)}")
     labels = np.array([classes.index(Path(path).parts[-2]) for path in paths])
     groups = [Path(path).parts[-3] for path in paths]
     splits = splits_by_group(root, labels, groups, 10, classes)
@@ -501,7 +525,8 @@ def read_fold(path, index):
     keys = [(c, name) for c, names in listed.items() for name in names]
     missing = [key for key in keys if key not in index]
     if missing:
-        raise FileNotFoundError(f"{path}: {len(missing)} listed frames are missing, such as {'/'.join(missing[0])}")
+        raise FileNotFoundError(f"{path}: {len(missing)} listed frames are missing, such as "
+                                f"{'/'.join(missing[0])}")
     return np.array([index[key] for key in keys])
 
 
@@ -515,26 +540,29 @@ def load_kvasir_seg(root):
     lists = within(root, "Data-split")
     paths, masks = paired(root)
     index = {stem(path): i for i, path in enumerate(paths)}
-    official, test = (read_list(lists / name, index, root / "images") for name in ("train.txt", "val.txt"))
+    train_list, test_list = lists / "train.txt", lists / "val.txt"
+    official, test = (read_list(file, index, root / "images") for file in (train_list, test_list))
     both = np.intersect1d(official, test)
     if len(both):
-        raise ValueError(f"{lists / 'train.txt'} and {lists / 'val.txt'}: {len(both)} frames stand in both, such as "
+        raise ValueError(f"{train_list} and {test_list}: {len(both)} frames stand in both, such as "
                          f"{stem(paths[both[0]])}")
     groups = groups_of(root, paths, patient)
     train, val = hold_out(official, groups)
     title = f"Kvasir-SEG, official {len(official)}/{len(test)}"
-    return Labelled(title, paths, None, ("polyp",), groups, masks, [Split(train, val, test)], str(root))
+    return Labelled(title, paths, None, ("polyp",), groups, masks, [Split(train, val, test)],
+                    str(root))
 
 
 def read_list(file, index, folder):
     """Indices of the frames whose names or stems a text file lists, each once."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: the official split list is missing (Data-split/ of Kvasir-SEG's repository)")
+        raise FileNotFoundError(f"{file}: the official split list is missing (Data-split/ of "
+                                "Kvasir-SEG's repository)")
     names = list(dict.fromkeys(stem(name) for name in read_lines(file)))
     missing = [name for name in names if name not in index]
     if missing:
-        raise FileNotFoundError(f"{file}: {len(missing)} listed frames are missing from {folder}, such as {missing[0]}"
-                                + not_utf8(missing[0]))
+        raise FileNotFoundError(f"{file}: {len(missing)} listed frames are missing from {folder}, "
+                                f"such as {missing[0]}{not_utf8(missing[0])}")
     return np.array([index[name] for name in names], int)
 
 
@@ -553,8 +581,8 @@ def load_pranet(root, test=None):
     train, val = hold_out(np.arange(len(paths)), [patient(p) for p in paths])
     split = Split(train, val, np.arange(len(paths), len(paths) + len(test_paths)))
     groups = [f"train/{patient(p)}" for p in paths] + [f"{test}/{patient(p)}" for p in test_paths]
-    return Labelled(f"PraNet's split, test {test}", paths + test_paths, None, ("polyp",), groups, masks + test_masks,
-                    [split], str(root))
+    return Labelled(f"PraNet's split, test {test}", paths + test_paths, None, ("polyp",), groups,
+                    masks + test_masks, [split], str(root))
 
 
 def load_masks(root):
@@ -577,11 +605,12 @@ def load_pairs(root):
     groups, splits = groups_of(root, paths, patient), []
     if len(paths) >= ENOUGH:
         if len(set(groups)) < 3:
-            raise ValueError(f"{root}: training, validation and test frames need three groups of frames, "
-                             f"found {', '.join(sorted(set(groups)))}")
+            raise ValueError(f"{root}: training, validation and test frames need three groups of "
+                             f"frames, found {', '.join(sorted(set(groups)))}")
         rest, test = hold_out(np.arange(len(paths)), groups, 5)
         splits = [Split(*hold_out(rest, groups), test)]
-    title = f"{root.resolve().name}, frames with masks" + ", a seeded split by group" * bool(splits)
+    title = f"{root.resolve().name}, frames with masks"
+    title += ", a seeded split by group" if splits else ""
     return Labelled(title, paths, None, ("polyp",), groups, masks, splits, str(root))
 
 
@@ -590,7 +619,8 @@ def paired(root):
     orientation in root/masks (or mask)."""
     images, masks = (within(root, name + "s", name) for name in ("image", "mask"))
     if root in (images, masks):
-        raise FileNotFoundError(f"{root}: expected the folders images and masks, found {found_in(root)}")
+        raise FileNotFoundError(f"{root}: expected the folders images and masks, "
+                                f"found {found_in(root)}")
     frame_of, mask_of = by_stem(images_in(images)), by_stem(images_in(masks))
     for name, path in frame_of.items():
         if name not in mask_of:
@@ -603,8 +633,8 @@ def by_stem(paths):
     found = {}
     for path in paths:
         if found.setdefault(stem(path), path) != path:
-            raise ValueError(f"{path} and {found[stem(path)]} have one stem, by which frames and masks are joined: "
-                             "rename or remove one")
+            raise ValueError(f"{found[stem(path)]} and {path} have one stem, by which frames and "
+                             "masks are joined: rename or remove one")
     return found
 
 
@@ -612,10 +642,11 @@ def check_pair(path, mask):
     """ValueError if a frame and its mask are not the same picture's."""
     (size, turned), (mask_size, mask_turned) = header(path), header(mask)
     if turned != mask_turned:
-        raise ValueError(f"{mask}: EXIF turns the frame {path} (orientation {turned}) otherwise than its mask "
-                         f"({mask_turned}): save both upright")
+        raise ValueError(f"{mask}: EXIF turns the frame {path} (orientation {turned}) otherwise than "
+                         f"its mask ({mask_turned}): save both upright")
     if size != mask_size:
-        raise ValueError(f"{mask}: the mask is {mask_size[0]}x{mask_size[1]}, its frame {path} is {size[0]}x{size[1]}")
+        raise ValueError(f"{mask}: the mask is {mask_size[0]}x{mask_size[1]}, its frame {path} is "
+                         f"{size[0]}x{size[1]}")
 
 
 @retried
@@ -627,15 +658,21 @@ def header(path):
 def refuse_one_sided(masks, name):
     """ValueError if a list of bool tensors, a set's training masks, has nothing to learn from:
     all empty or all full."""
-    for word, reached in (("empty", not any(mask.any() for mask in masks)), ("full", all(mask.all() for mask in masks))):
-        if reached:
-            raise ValueError(f"{name}: all {len(masks)} training masks are {word}: look at how they are saved")
+    what = None
+    if not any(mask.any() for mask in masks):
+        what = "empty"
+    elif all(mask.all() for mask in masks):
+        what = "full"
+    if what:
+        raise ValueError(f"{name}: all {len(masks)} training masks are {what}: look at how they are "
+                         "saved")
 
 
 # -----------------------------------------------------------------------------------------------
 # Classes of one's own
 
-PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+         "test": "test", "testing": "test"}
 
 
 def load_folders(root):
@@ -646,14 +683,14 @@ def load_folders(root):
     Groups: groups.csv, else the first folder below the class, else the patient in the name; else
     each frame its own."""
     root = within(root)
-    parts = [name for name in folders_in(root) if has_images(root / name)]
-    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in parts)
-    if set(map(str.lower, parts)) <= PARTS.keys() and len(parts) > 1:
-        return load_parts(root, parts)
-    classes = tuple(parts)
+    classes = tuple(name for name in folders_in(root) if has_images(root / name))
+    if set(map(str.lower, classes)) <= PARTS.keys() and len(classes) > 1:
+        return load_parts(root, classes)
     if len(classes) < 2:
-        raise FileNotFoundError(f"{root}: expected two or more class folders with images, found {found_in(root)}")
-    if empty:
+        raise FileNotFoundError(f"{root}: expected two or more class folders with images, "
+                                f"found {found_in(root)}")
+    folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if empty := sorted(folders - set(classes)):
         say_once(f"{root}: passed over {', '.join(empty)}: no images in them")
     paths, labels = class_frames(root, classes)
     groups = folder_groups(root, root, paths)
@@ -665,37 +702,44 @@ def load_folders(root):
 def load_parts(root, parts):
     """A tree that is split already: <part>/<class>/<image>."""
     of = {PARTS[name.lower()]: root / name for name in parts}
-    classes = {part: tuple(c for c in folders_in(folder) if has_images(folder / c)) for part, folder in of.items()}
     if not {"train", "test"} <= of.keys() or len(of) < len(parts):
-        raise ValueError(f"{root}: its folders {', '.join(parts)} look like the parts of a split: train and test are "
-                         "needed, val is welcome, each once")
+        raise ValueError(f"{root}: its folders {', '.join(parts)} look like the parts of a split: "
+                         "train and test are needed, val is welcome, each once")
+    classes = {part: tuple(name for name in folders_in(folder) if has_images(folder / name))
+               for part, folder in of.items()}
     if len(set(classes.values())) > 1 or len(classes["train"]) < 2:
-        raise ValueError(f"{root}: the parts of a split must hold the same two or more class folders, found "
-                         + "; ".join(f"{part}: {', '.join(c) or 'none'}" for part, c in classes.items()))
+        found = "; ".join(f"{part}: {', '.join(c) or 'none'}" for part, c in classes.items())
+        raise ValueError(f"{root}: the parts of a split must hold the same two or more class "
+                         f"folders, found {found}")
     paths, labels, groups, ends = [], [], [], {}
     for part, folder in of.items():
         found, own = class_frames(folder, classes["train"])
         ends[part] = np.arange(len(paths), len(paths) + len(found))
         groups += folder_groups(root, folder, found)
         paths, labels = paths + found, [*labels, *own]
-    train, val = (ends["train"], ends["val"]) if "val" in ends else hold_out(ends["train"], groups)
-    return Labelled(f"{root.resolve().name}, split by its own folders", paths, np.array(labels), classes["train"],
-                    groups, None, [Split(train, val, ends["test"])], str(root))
+    if "val" not in ends:
+        ends["train"], ends["val"] = hold_out(ends["train"], groups)
+    return Labelled(f"{root.resolve().name}, split by its own folders", paths, np.array(labels),
+                    classes["train"], groups, None, [Split(**ends)], str(root))
 
 
 def class_frames(root, classes):
     """Paths of all images below the class folders, and their labels (n,)."""
-    passed = collections.Counter()
-    found = [(str(root / c / path), k) for k, c in enumerate(classes) for path in scan(str(root / c), passed=passed)]
+    passed, paths, labels = collections.Counter(), [], []
+    for label, name in enumerate(classes):
+        found = [str(root / name / path) for path in scan(str(root / name), passed=passed)]
+        paths += found
+        labels += [label] * len(found)
     say_passed_over(root, passed)
-    return [path for path, _ in found], np.array([label for _, label in found])
+    return paths, np.array(labels)
 
 
 def folder_groups(root, folder, paths):
     """The group of each frame at folder/<class>/[<patient>/.../]<image>."""
     def known(path):
         _, *between, _ = Path(path).relative_to(folder).parts
-        return between[0] if between else patient(path, otherwise=os.path.splitext(os.path.relpath(path, root))[0])
+        own_name = os.path.splitext(os.path.relpath(path, root))[0]
+        return between[0] if between else patient(path, otherwise=own_name)
     return groups_of(root, paths, known)
 
 
@@ -711,10 +755,12 @@ def open_labelled(root, task):
     in root or just below it."""
     limuc, kvasir = ("LIMUC",), ("Kvasir-SEG", "kvasir-seg")
     grades = "labeled-images/*/pathological-findings/ulcerative-colitis-grade-?"
-    layouts = {  # task: (sub-folders to look in, what must be there, its loader), the first that fits
+    layouts = {  # task: (sub-folders to look in, what must be there, its loader); the first that fits
         "landmarks": [(HYPER_KVASIR, "labeled-images/*/anatomical-landmarks/*", load_landmarks)],
-        "polyps": [(kvasir, "masks", load_masks), (kvasir, "mask", load_pairs), (("data",), "TrainDataset", load_pranet)],
-        "mes": [(limuc, "train_and_validation_sets", load_limuc), (limuc, "patient_based_classified_images", load_limuc),
+        "polyps": [(kvasir, "masks", load_masks), (kvasir, "mask", load_pairs),
+                   (("data",), "TrainDataset", load_pranet)],
+        "mes": [(limuc, "train_and_validation_sets", load_limuc),
+                (limuc, "patient_based_classified_images", load_limuc),
                 (HYPER_KVASIR, grades, load_uc_grades)],
     }
     if task not in layouts:
@@ -723,13 +769,14 @@ def open_labelled(root, task):
         if any(within(root, *folders).glob(sign)):
             return load(root)
     expected = "; ".join(f"{folders[0]}/{sign}" for folders, sign, _ in layouts[task])
-    if task == "landmarks":  # or class folders, if they are not those of another layout (images and masks, say)
+    if task == "landmarks":  # or class folders, but not another layout's, such as images and masks
         everything = [layout for rows in layouts.values() for layout in rows]
         if not any(any(within(root, *folders).glob(sign)) for folders, sign, _ in everything):
             with contextlib.suppress(FileNotFoundError):
                 return load_folders(root)
         expected += "; <class>/<image>; <class>/<patient>/<image>"
-    raise FileNotFoundError(f"{root}: expected one of the layouts {expected} for {task}, found {found_in(root)}")
+    raise FileNotFoundError(f"{root}: expected one of the layouts {expected} for {task}, "
+                            f"found {found_in(root)}")
 
 
 def main(argv=None):
@@ -737,8 +784,9 @@ def main(argv=None):
     import figures
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", help="folder of frames or manifest; the synthetic frames if not given")
-    parser.add_argument("--show", default="sheet.png", help="PNG to write: one frame's crops and masks")
+    parser.add_argument("--data", help="folder of frames or manifest; without it synthetic frames")
+    parser.add_argument("--show", default="sheet.png",
+                        help="PNG to write: one frame's crops and masks")
     parser.add_argument("--frame", type=int, default=0, help="number of the frame")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other crops")
     parser.add_argument("--blur", default="as-executed", choices=augment.BLUR,
@@ -750,8 +798,10 @@ def main(argv=None):
     try:
         frames = Frames(args.data)
         if not 0 <= args.frame < len(frames):
-            parser.error(f"--frame {args.frame}: {args.data} has the frames 0 to {len(frames) - 1}")
-        figures.crops(augment.MultiCrop(frames, args.seed, blur=args.blur), args.frame, args.show)
+            last = len(frames) - 1
+            parser.error(f"--frame {args.frame}: {args.data} has the frames 0 to {last}")
+        multicrop = augment.MultiCrop(frames, args.seed, blur=args.blur)
+        figures.crops(multicrop, args.frame, args.show)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(f"{len(frames)} frames of {len(frames.videos)} videos in {args.data}; "

@@ -117,8 +117,8 @@ def synthetic_set(root, path, side=112, columns=6):
         for i, file in enumerate(files):
             frame = data.read_image(file)
             if "Kvasir-SEG" in file.parts:
-                mask = data.read_image(file.parents[1] / "masks" / file.name).convert("L")
-                frame = outlined(frame, np.asarray(mask) > 127, "white", max(frame.width // 120, 2))
+                mask = data.read_mask(file.parents[1] / "masks" / file.name)
+                frame = outlined(frame, mask.numpy(), "white", max(frame.width // 120, 2))
             frame = frame.resize((side, side), Image.Resampling.LANCZOS)
             cells.append((caption if i == 0 else "", frame))
     sheet = grid(in_rows(cells, columns))

@@ -1,9 +1,10 @@
 """One picture: found in a folder or a tar shard, opened, turned upright, brought to 8 bits,
 decoded; and masks.
 
-    image = read_image("a.jpg")                          # PIL RGB; read_image("a.jpg", (224, 224)) may decode it smaller
-    mask = read_mask("a.png", 224)                       # (224, 224) bool
-    pixels = eval_image("a.jpg", 224)                    # (3, 224, 224) normalised floats
+    image = read_image("a.jpg")                    # PIL RGB, upright
+    image = read_image("a.jpg", (224, 224))        # the same, perhaps at 1/2, 1/4 or 1/8 of its size
+    mask = read_mask("a.png", 224)                 # (224, 224) bool
+    pixels = eval_image("a.jpg", 224)              # (3, 224, 224) normalised floats
 """
 import contextlib
 import errno
@@ -36,8 +37,12 @@ def say_once(text, about=None):
 # Reading: one function opens every picture, so that its faults, its turning and its depth are
 # seen to in one place
 
-MAX_PIXELS = 64_000_000  # larger than any endoscope's frame; decoding it would stall or kill a worker
-TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}  # the machine's faults, not the file's
+MAX_PIXELS = 64_000_000  # more than any endoscope's frame; decoding it would stall or kill a worker
+# the machine's or the network's faults, not the file's (not every system knows all of them)
+TRANSIENT = {getattr(errno, name) for name in (
+    "EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "EAGAIN", "EBUSY", "ENOBUFS", "ENOTCONN",
+    "ECONNRESET", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
+    "EREMOTEIO") if hasattr(errno, name)}
 ATTEMPTS, PAUSE = 3, 1.0  # seconds between two
 
 
@@ -77,21 +82,23 @@ def opened(path):
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
             if getattr(image, "is_animated", False):
-                say_once(f"{path}: holds several pictures; of such files the first is read", "several pictures")
+                say_once(f"{path}: holds several pictures; of such files the first is read",
+                         about="several pictures")
             yield Picture(image)
     except (BadShard, Transient):
         raise
     except Exception as error:  # Pillow lets through whatever its decoders raise
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in TRANSIENT:
             what = getattr(error, "strerror", None) or "not enough memory"
-            raise Transient(f"{path}: {what}. The machine fails, not the frame, so nothing was noted against it: "
-                            "see to the disk, the network or the limits, then give the command again") from error
+            raise Transient(
+                f"{path}: {what}. The machine fails, not the frame, so nothing was noted against it: "
+                "see to the disk, the network or the limits, then give the command again") from error
         raise BadImage(f"{path}: {error or type(error).__name__}") from error
 
 
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # EXIF's orientation -> what turns the stored picture upright
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # what undoes EXIF's orientation
 
 
 class Picture:
@@ -100,7 +107,7 @@ class Picture:
 
     def __init__(self, image):
         self.image, self.orientation = image, orientation(image)
-        self.size = self.width, self.height = image.size[::-1] if self.orientation >= 5 else image.size
+        self.size = image.size[::-1] if self.orientation >= 5 else image.size
 
     def upright(self, stored):
         return stored.transpose(TURNS[self.orientation]) if self.orientation > 1 else stored
@@ -110,7 +117,8 @@ def orientation(image):
     """EXIF's 1 (upright) to 8 of an opened image, from its header alone."""
     if image.format == "TIFF":
         return 1  # Pillow turns these by itself
-    if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}:
+    tags = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+    if image.format == "PNG" and not image.info.keys() & tags:
         return 1  # getexif() would decode all pixels to look for a tag behind them
     with contextlib.suppress(Exception):  # a damaged tag must not cost the frame
         found = image.getexif().get(ExifTags.Base.Orientation)
@@ -124,7 +132,8 @@ def decode(picture, factor=1):
     image = picture.image
     deep = ";16" in str(getattr(image, "tile", ""))  # known until the pixels are there
     if factor > 1 and image.format == "JPEG":
-        image.draft("RGB", (image.width // factor, image.height // factor))  # the decoder's own scaled inverse DCT
+        # the decoder's own scaled inverse DCT, on the axes as they are stored
+        image.draft("RGB", (image.width // factor, image.height // factor))
         factor = 1
     load(picture)
     image = eight_bits(image, deep)
@@ -135,7 +144,8 @@ def decode(picture, factor=1):
 def load(picture):
     picture.image.load()
     if picture.image.format == "PNG" and orientation(picture.image) != picture.orientation:
-        raise ValueError("its EXIF orientation stands behind its pixels, where no header shows it: save it anew")
+        raise ValueError("its EXIF orientation stands behind its pixels, where no header shows it: "
+                         "save it anew")
 
 
 def eight_bits(image, deep):
@@ -145,16 +155,20 @@ def eight_bits(image, deep):
     deep: it had 16 (of which Pillow keeps the upper 8 where there are colours). 12 bits stored
     in 16 would be black."""
     if image.mode == "F":
-        raise ValueError("holds floating-point numbers, of which nobody knows what is white: convert it to 8 or 16 bits")
+        raise ValueError("holds floating-point numbers, of which nobody knows what is white: "
+                         "convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"holds values from {values.min()} to {values.max()}, not 0 to 65535: convert it to 8 bits")
-        image, deep = Image.fromarray(((values + 128) // 257).astype(np.uint8)), values.max() <= 4095
-    elif deep:
-        deep = max(high for _, high in image.convert("RGB").getextrema()) <= 4095 // 256
-    if deep:
-        raise ValueError("of its 16 bits none above the twelfth is used, so it would be black: stretch it to all 16")
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"holds values from {low} to {high}, not 0 to 65535: "
+                             "convert it to 8 bits")
+        dark, image = high <= 4095, Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    else:
+        dark = deep and max(high for _, high in image.convert("RGB").getextrema()) <= 4095 // 256
+    if dark:
+        raise ValueError("of its 16 bits none above the twelfth is used, so it would be black: "
+                         "stretch it to all 16")
     return image
 
 
@@ -167,7 +181,7 @@ def read_image(path, draft=None):
     missing, unreadable, empty, truncated or absurdly large file and for one whose range is
     unknown (see eight_bits), Transient for a failing disk."""
     with opened(path) as picture:
-        room = min(picture.width / draft[0], picture.height / draft[1]) if draft else 1
+        room = min(np.divide(picture.size, draft)) if draft else 1
         return decode(picture, shrink(room))
 
 
@@ -186,7 +200,8 @@ def square(image, size, view="crop"):
     size*256/224, bicubic, then the centre (DINOv2's evaluation transform); "stretch": all of the
     frame, for what must not lose its borders."""
     if view == "crop":
-        image = TF.center_crop(TF.resize(image, round(size * 256 / 224), InterpolationMode.BICUBIC), size)
+        image = TF.resize(image, round(size * 256 / 224), InterpolationMode.BICUBIC)
+        image = TF.center_crop(image, size)
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
@@ -209,7 +224,9 @@ def read_mask(path, size=None):
     values mean neither."""
     with opened(path) as picture:
         load(picture)
-        mask = picture.upright(Image.fromarray(black_and_white(mask_values(picture.image), picture.image.format in LOSSY)))
+        values = mask_values(picture.image)
+        mask = Image.fromarray(black_and_white(values, picture.image.format in LOSSY))
+        mask = picture.upright(mask)
     mask = mask if size is None else mask.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(mask) > 127)
 
@@ -218,16 +235,17 @@ def mask_values(image):
     """(H, W) array of a loaded mask: its grey values, or where it has colours whatever in them
     tells two halves apart."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA"))                                     # (H, W, 4)
-        varies = np.ptp(rgba, (0, 1)) > 0                                            # (4,)
+        rgba = np.asarray(image.convert("RGBA"))                        # (H, W, 4)
+        varies = np.ptp(rgba, (0, 1)) > 0                               # (4,)
         if varies[3] and varies[:3].any():
-            raise ValueError("as a mask it says one thing in its colours and one in its alpha channel: save one of them")
-        if varies[3] or not (varies.any() or rgba[0, 0, 3]):  # nothing to be seen: an empty one of such a set
+            raise ValueError("as a mask it says one thing in its colours and one in its alpha "
+                             "channel: save one of them")
+        if varies[3] or not (varies.any() or rgba[0, 0, 3]):  # the latter: empty, nothing to be seen
             return rgba[..., 3]
     if image.mode == "P":
         index = np.asarray(image)
         used = np.unique(index)
-        bright = np.array(image.getpalette("RGB")).reshape(-1, 3).max(1) >= 16       # (colours,)
+        bright = np.array(image.getpalette("RGB")).reshape(-1, 3).max(1) >= 16  # (colours,)
         if not bright[used].any():
             return index  # classes by number, in colours that were never meant to be seen
         if len(used) == 2:
@@ -239,8 +257,9 @@ def mask_values(image):
     if image.mode in ("L", "F") or image.mode.startswith("I"):
         return np.asarray(image)
     rgb = np.asarray(image.convert("RGB"))
-    grey = image.format in LOSSY and np.ptp(rgb, 2).max() < 64  # what chroma compression does to a grey picture
-    return np.asarray(image.convert("L")) if grey else rgb.max(2)  # red is as much of an object as white
+    if image.format in LOSSY and np.ptp(rgb, 2).max() < 64:  # grey, but for what compression does
+        return np.asarray(image.convert("L"))
+    return rgb.max(2)  # red is as much of an object as white
 
 
 def black_and_white(values, lossy):
@@ -254,9 +273,9 @@ def black_and_white(values, lossy):
     else:
         if low == 0 and ((values == 0) | (values == high)).all():
             return np.where(values > 0, np.uint8(255), np.uint8(0))
-        top = {"u1": 255, "u2": 65535, "i4": 65535}.get(values.dtype.str[1:], 0)  # of float nobody knows it
+        top = {"u1": 255, "u2": 65535, "i4": 65535}.get(values.dtype.str[1:], 0)  # 0: float, unknown
         white = low >= 0 and 0.9 * top <= high <= top
     if not white:
-        raise ValueError(f"as a mask it has values from {low} to {high}, which are neither 0 and one other value nor "
-                         "black to white: save 255 on the object and 0 elsewhere")
-    return values if values.dtype == np.uint8 else (values.astype(np.int64) // 257).astype(np.uint8)
+        raise ValueError(f"as a mask it has values from {low} to {high}, which are neither 0 and one "
+                         "other value nor black to white: save 255 on the object and 0 elsewhere")
+    return values if values.dtype == np.uint8 else (values // 257).astype(np.uint8)

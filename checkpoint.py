@@ -1,8 +1,9 @@
-"""Stop and go on: the run folder and its lock, the checkpoint of a run (last.pt), what may change between it and the run
-that goes on, and the exports.
+"""Stop and go on: the run folder and its lock, the checkpoint of a run (last.pt), what may
+change between it and the run that goes on, and the exports.
 
-One file whatever the number of processes and shards, written whole or not at all beside the training, and read as tensors
-and plain values. Process 0 alone decides, reads and writes; the others need not see its disk.
+One file whatever the number of processes and shards, written whole or not at all beside the
+training, and read as tensors and plain values. Process 0 alone decides, reads and writes; the
+others need not see its disk.
 """
 import argparse
 import contextlib
@@ -27,15 +28,15 @@ from tqdm import tqdm
 import vit
 from dino import make_schedules
 
-MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it; the others may not
-    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "threads", "device", "compile", "shard",
-    "checkpoint_activations", "save_every", "export_every", "log_every", "max_skips", "probe_every", "probe_data",
-    "probe_task"}
-ANY_MACHINE = {"data", "frames", "out", "init", "workers", "threads"}  # arguments that may differ between the machines of one run
+MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it
+    "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "threads", "device",
+    "compile", "shard", "checkpoint_activations", "save_every", "export_every", "log_every",
+    "max_skips", "probe_every", "probe_data", "probe_task"}
+ANY_MACHINE = {"data", "frames", "out", "init", "workers", "threads"}  # between processes
 OF_A_RUN = ("args.json", "log.jsonl", "last.pt", "best.pt", "teacher_*.pt", "nonfinite_*.pt")
 
 
-# --- all processes, one verdict -------------------------------------------------------------------------------------------
+# --- all processes, one verdict ----------------------------------------------------------------
 
 
 def rank():
@@ -52,7 +53,8 @@ def gather(value):
 
 
 def together(work):
-    """work()'s result in each process; where it ends with a sentence in one of them, all end and process 0 prints it."""
+    """work()'s result, in each process its own; where one ends with a sentence all do, and
+    process 0 prints it."""
     result = sentence = None
     try:
         result = work()
@@ -81,24 +83,19 @@ def anywhere(device, *flags):
 
 
 def check_agreement(args, model):
-    """End with one sentence where processes would train on different frames, with different arguments or weights: they
-    would hang, or learn nonsense together."""
-    given = {k: v for k, v in plain(args).items() if k not in ANY_MACHINE }
-    small = [t.detach().float().flatten() for t in model.state_dict().values() if t.numel() <= 65536]
-    mine = {"--data": (args.n_frames, args.frame_names), "arguments": given,
-            "first weights (--init)": digest(torch.cat(small).cpu().numpy())}
+    """End with one sentence where processes have different frames, arguments or first weights:
+    they would hang, or learn nonsense together."""
+    small = [t.float().flatten() for t in model.state_dict().values() if t.numel() <= 65536]
+    mine = {f"--{k.replace('_', '-')}": v for k, v in plain(args).items() if k not in ANY_MACHINE}
+    mine |= {"--data": f"{mine.pop('--n-frames')} frames, names {mine.pop('--frame-names')}",
+             "first weights (--init)": digest(torch.cat(small).cpu().numpy())}
     everyone = gather(mine)
     for number, other in enumerate(everyone):
-        for what, value in other.items():
-            if value != everyone[0][what]:
-                sentence = f"process {number} differs from process 0 in its {what}: {difference(everyone[0][what], value)}"
+        for what, first in everyone[0].items():
+            if other[what] != first:
+                sentence = (f"process {number} differs from process 0 in its {what}: "
+                            f"{other[what]} instead of {first}; give all processes the same")
                 raise SystemExit(sentence if rank() == 0 else 1)
-
-
-def difference(a, b):
-    if isinstance(a, dict):
-        a, b = ({k: v for k, v in x.items() if v != y.get(k)} for x, y in ((a, b), (b, a)))
-    return f"{b} instead of {a}; give all the same"
 
 
 def digest(*arrays):
@@ -109,13 +106,13 @@ def digest(*arrays):
     return found.hexdigest()
 
 
-# --- the run folder -------------------------------------------------------------------------------------------------------
+# --- the run folder ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def run_folder(args):
-    """--out, which no other process writes to meanwhile; leavings of killed runs are gone. With --resume no an older run in it
-    is moved aside."""
+    """--out, to which no other process writes meanwhile; leavings of killed runs are gone. With
+    --resume no an older run in it is moved aside."""
     out = pathlib.Path(args.out)
     with contextlib.ExitStack() as held:
         on_rank_0(lambda: take_folder(out, args, held))
@@ -128,18 +125,27 @@ def take_folder(out, args, held):
         out.mkdir(parents=True, exist_ok=True)
         lock = held.enter_context(open(out / ".lock", "w"))
     except OSError as error:
-        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's not inherited by workers, who may outlive us
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; choose another folder"
+                         ) from error
+    try:  # unlike flock's, this lock is not inherited by workers, who may outlive their trainer
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise SystemExit(f"another process is writing to {out}: wait for it, end it, or give another --out") from error
+        raise SystemExit(f"another process is writing to {out}: wait for it, end it, or give "
+                         "another --out") from error
     except OSError as error:
         print(f"{out} cannot be locked ({error.strerror}): see to it that no other run writes there")
     for leaving in out.glob(".*.tmp*"):
         leaving.unlink()
+    if args.resume == "no":
+        move_aside(out)
+
+
+def move_aside(out):
+    """Put the files of an older run into a folder of their own."""
     old = [file for pattern in OF_A_RUN for file in out.glob(pattern)]
-    if args.resume == "no" and old:
-        aside = next(folder for n in itertools.count(1) if not (folder := out / f"old-{n}").exists())
+    if old:
+        names = (out / f"old-{n}" for n in itertools.count(1))
+        aside = next(folder for folder in names if not folder.exists())
         aside.mkdir()
         for file in old:
             file.rename(aside / file.name)
@@ -147,39 +153,45 @@ def take_folder(out, args, held):
 
 
 def check_room(args, model):
-    """Fail before the first step, not at a later save, when the run folder cannot take what the run will write."""
+    """Fail before the first step, not at a later save, when the run folder cannot take what the
+    run will write. Counted, and not tried: a trial of that size would itself take minutes."""
     out = pathlib.Path(args.out)
-    state = 4 * 4 * sum(p.numel() for p in model.student.parameters())  # float32 student, teacher, two moments
+    state = 16 * sum(p.numel() for p in model.student.parameters())  # with teacher, two moments
     export = 4 * sum(p.numel() for p in model.student["backbone"].parameters())
-    exports = (args.steps - 1) // args.export_every + 1 if args.export_every else 1
-    exports = max(0, exports - len(list(out.glob("teacher_*.pt")))) + bool(args.probe_every)  # best.pt
-    need = exports * export + state * (1 if (out / "last.pt").exists() else 2)  # the old one stays until the new one is whole
+    files = math.ceil(args.steps / (args.export_every or args.steps)) + bool(args.probe_every)
+    files -= len([*out.glob("teacher_*.pt"), *out.glob("best.pt")])
+    twice = not (out / "last.pt").exists()  # the old one stays until the new one is whole
+    need = max(0, files) * export + (1 + twice) * state
     trial = out / f".trial.tmp{os.getpid()}"
     try:
         trial.write_bytes(bytes(4096))
         free = shutil.disk_usage(out).free
     except OSError as error:
-        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+        raise SystemExit(f"--out {out} cannot be written: {error.strerror}; choose another folder"
+                         ) from error
     finally:
         trial.unlink(missing_ok=True)
     if free < need:
-        raise SystemExit(f"--out {out} has {readable(free)} free and the run will write {readable(need)}: last.pt of "
-                         f"{readable(state)}, twice while it is replaced, and {exports} times a backbone of "
-                         f"{readable(export)}; make room, raise --export-every or choose another folder")
+        raise SystemExit(
+            f"--out {out} has {readable(free)} free and the run will write {readable(need)}: "
+            f"last.pt of {readable(state)}, twice while it is replaced, and backbones of "
+            f"{readable(export)}; make room, raise --export-every or choose another folder")
 
 
 def readable(size):
     """A number of bytes in words."""
     unit = min(4, int(math.log(max(size, 1), 1024)))
-    return f"{size / 1024**unit:.{1 if unit else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+    name = ("bytes", "KiB", "MiB", "GiB", "TiB")[unit]
+    return f"{size / 1024**unit:.{1 if unit else 0}f} {name}"
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------------
+# --- saving ------------------------------------------------------------------------------------
 
 
 def whole(state):
-    """Copies on the CPU of a state dict's tensors, every shard gathered, in process 0. The others, who must call it too, take
-    part in the gathering and keep nothing: a machine of eight would hold the model eight times."""
+    """Copies on the CPU of a state dict's tensors, every shard gathered, in process 0. The
+    others, who must call it too, help to gather and keep nothing: eight on a machine would hold it
+    eight times."""
     copies = {}
     for name, tensor in state.items():
         tensor = tensor.detach()
@@ -191,23 +203,26 @@ def whole(state):
 
 
 def snapshot(model, optimizer, progress, args):
-    """Everything needed to go on, in process 0: {"format", "student", "teacher", "centers", "optimizer": {parameter: {"step",
-    "exp_avg", "exp_avg_sq"}}, "args", **progress}. All must call it. The teacher stands in it as in a DINOv2 training
-    checkpoint, so load_backbone reads it."""
+    """Everything needed to go on, in process 0: {"format", "student", "teacher", "centers",
+    "optimizer": {parameter: {"step", "exp_avg", "exp_avg_sq"}}, "args", **progress}. All must
+    call it. The teacher stands in it as in a DINOv2 training checkpoint: load_backbone reads it."""
+    moments = {name: optimizer.state[p] for name, p in model.student.named_parameters()
+               if p in optimizer.state}
     return {"format": "endodino-run-1", "args": plain(args), **progress,
-            "student": whole(model.student.state_dict()), "teacher": whole(model.teacher.state_dict()),
+            "student": whole(model.student.state_dict()),
+            "teacher": whole(model.teacher.state_dict()),
             "centers": whole({"dino": model.dino_center, "ibot": model.ibot_center}),
-            "optimizer": {name: whole(optimizer.state[p]) for name, p in model.student.named_parameters()
-                          if p in optimizer.state}}
+            "optimizer": {name: whole(state) for name, state in moments.items()}}
 
 
 def plain_teacher(model, args):
-    """The teacher's backbone, whole and on the CPU, in process 0 and None in the others; all must call it."""
+    """The teacher's backbone, whole and on the CPU, in process 0; all must call it."""
     state = whole(model.teacher["backbone"].state_dict())
     if rank():
         return None
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)  # patches, as at the beginning
     with torch.device("meta"):
-        backbone = vit.build_vit(args.arch, image_size=14 * math.isqrt(state["pos_embed"].shape[1] - 1))
+        backbone = vit.build_vit(args.arch, image_size=14 * side)
     backbone.load_state_dict(state, assign=True)
     return backbone.eval()
 
@@ -217,20 +232,22 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror or error}; what lay there before is untouched") from error
+        raise SystemExit(f"cannot write {path}: {error.strerror or error}; what lay there before "
+                         "is untouched") from error
 
 
 class Saver:
-    """Writes last.pt and the exports beside the training, from copies in memory, one file at a time. All processes call the
-    same methods; process 0 writes. What goes wrong is told to `trouble`, the run's list of sentences."""
+    """Writes last.pt and the exports beside the training, from copies in memory, one file at a
+    time. All processes call the same methods; process 0 writes. What goes wrong is told to
+    `trouble`, the run's list of sentences."""
 
     def __init__(self, args, step, trouble):
         self.args, self.out, self.trouble = args, pathlib.Path(args.out), trouble
-        self.saved, self.clock = step, time.monotonic()  # the step of the newest last.pt, and when it was made
+        self.saved, self.clock = step, time.monotonic()  # of the newest last.pt
         self.thread, self.failed = None, False
 
     def due(self, step):
-        """Whether to write last.pt after `step` steps. Only process 0 knows: its clock decides for all."""
+        """Whether to write last.pt after `step` steps; process 0, whose clock counts, knows."""
         every = self.args.save_every
         if rank() or step == self.saved:
             return False
@@ -249,11 +266,13 @@ class Saver:
 
     def export(self, model, step):
         """The teacher's backbone in our format, as teacher_<step>.pt."""
-        backbone, path = plain_teacher(model, self.args), self.out / f"teacher_{step}.pt"
-        self.write(path, lambda: vit.save_backbone(path, backbone, self.args.arch, step, plain(self.args)))
+        args, path = self.args, self.out / f"teacher_{step}.pt"
+        backbone = plain_teacher(model, args)
+        self.write(path, lambda: vit.save_backbone(path, backbone, args.arch, step, plain(args)))
 
     def write(self, path, save):
-        """save() in a thread of process 0, once the file before is written. After a failure nothing more is."""
+        """save() in a thread of process 0, once the file before is written. After a failure
+        nothing more is written."""
         if rank():
             return
         self.wait()
@@ -275,10 +294,13 @@ class Saver:
 
 
 def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths):
-    """Keep what is needed to look at the last step that was not finite and not applied; stop when there were too many."""
-    path = pathlib.Path(args.out) / f"nonfinite_{progress['step']}.pt"
-    found = {k: float(v) for k, v in {**terms, **{f"grad_norm_{k}": v for k, v in norms.items()}}.items()}
-    state = snapshot(model, optimizer, {**progress, "frames": gather(paths), "found": found}, args)
+    """Keep what is needed to look at a step that was not finite and not applied, of the last
+    such step alone; stop when there were too many."""
+    step, path = progress["step"], pathlib.Path(args.out) / f"nonfinite_{progress['step']}.pt"
+    found = {**terms, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
+    found = {name: float(value) for name, value in found.items()}
+    more = {"frames": gather(paths), "found": found}
+    state = snapshot(model, optimizer, progress | more, args)
 
     def write():
         with writing(path):
@@ -286,21 +308,23 @@ def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths):
             for older in set(path.parent.glob("nonfinite_*.pt")) - {path}:
                 older.unlink()
     on_rank_0(write)
-    bad = ", ".join(f"{k} {v:g}" for k, v in found.items() if not math.isfinite(v))
-    message = (f"step {progress['step']}: not finite ({bad}); the step was not applied; its frames and the state before it "
-               f"are in {path}")
+    bad = ", ".join(f"{name} {x:g}" for name, x in found.items() if not math.isfinite(x))
+    message = (f"step {step}: not finite ({bad}); the step was not applied; its frames and the "
+               f"state before it are in {path}")
     if progress["skips"] > args.max_skips:
-        raise SystemExit(message + "; look at the frames, lower --lr, or raise --max-skips" if rank() == 0 else 1)
+        message += "; look at the frames, lower --lr, or raise --max-skips"
+        raise SystemExit(message if rank() == 0 else 1)
     if rank() == 0:
         tqdm.write(message + f"; skipped ({progress['skips']} of at most {args.max_skips})")
 
 
-# --- going on -------------------------------------------------------------------------------------------------------------
+# --- going on ----------------------------------------------------------------------------------
 
 
 def resume(model, optimizer, args, global_batch, say):
-    """Where the run stands: {"step": steps done, "seen": frames seen, "skips", "best", "probe": what `best` was measured on,
-    "global_batch"}; model and optimiser are filled if it goes on. Process 0 decides and reads."""
+    """Where the run stands: {"step": steps done, "seen": frames seen, "skips", "best", "probe":
+    what `best` was measured on, "global_batch"}; model and optimiser are filled if it goes on.
+    Process 0 decides and reads."""
     begin = {"step": 0, "seen": 0, "skips": 0, "best": -math.inf, "probe": None}
     state = {}  # the file's contents, in process 0
 
@@ -313,10 +337,12 @@ def resume(model, optimizer, args, global_batch, say):
         for part in ("student", "teacher"):
             vit.check_same_tensors(getattr(model, part).state_dict(), state[part], path)
         if state["step"] > args.steps:
-            raise SystemExit(f"{path} has already done {state['step']} steps, more than --steps {args.steps}")
+            raise SystemExit(f"{path} has already done {state['step']} steps, more than --steps "
+                             f"{args.steps}")
         say(f"going on from {path} after step {state['step']} of {args.steps}")
-        old = make_schedules(argparse.Namespace(**state["args"]), state["global_batch"])
-        say(*schedule_changes(old, make_schedules(args, global_batch), state["step"]), sep="\n", end="")
+        before = make_schedules(argparse.Namespace(**state["args"]), state["global_batch"])
+        now = make_schedules(args, global_batch)
+        say(*schedule_changes(before, now, state["step"]), sep="\n", end="")
         state.setdefault("seen", state["step"] * state["global_batch"])  # files of older versions
         return ({key: state.get(key, value) for key, value in begin.items()},
                 {name: list(moments) for name, moments in state["optimizer"].items()})
@@ -333,16 +359,18 @@ def run_file(args):
         return None
     path = last if args.resume == "auto" else pathlib.Path(args.resume)
     if last.exists() and path.parent.resolve() != last.parent.resolve():
-        raise SystemExit(f"--resume {path}: another run is in {last.parent}, whose last.pt would be lost; give another --out, "
-                         "or --resume auto to go on with that one")
+        raise SystemExit(f"--resume {path}: another run is in {last.parent}, whose last.pt would "
+                         "be lost; give another --out, or --resume auto to go on with that one")
     return path
 
 
 def stored_size(args):
-    """Side in pixels of the position embedding of the run that goes on; None if it begins anew."""
+    """Side in pixels of the position embedding of the run that goes on, None for a new one."""
     def read():
         path = run_file(args)
-        return path and 14 * math.isqrt(read_run(path)["student"]["backbone.pos_embed"].shape[1] - 1)
+        if path is None:
+            return None
+        return 14 * math.isqrt(read_run(path)["student"]["backbone.pos_embed"].shape[1] - 1)
     return on_rank_0(read)
 
 
@@ -352,14 +380,14 @@ def read_run(path):
     except (OSError, ValueError) as error:
         raise SystemExit(f"--resume: {error}") from error
     if not isinstance(state, dict) or state.get("format") != "endodino-run-1":
-        raise SystemExit(f"--resume: {path} is not a last.pt of pretrain.py; --init takes backbones")
+        raise SystemExit(f"--resume: {path} is not a last.pt of pretrain.py; backbones are for --init")
     return state
 
 
 @torch.no_grad()
 def load_checkpoint(model, optimizer, state, moments):
-    """Fill model and optimiser in every process from a checkpoint's contents, which process 0 has; the others' are {}.
-    moments: {parameter: names of its tensors in the optimiser}."""
+    """Fill model and optimiser in every process from a checkpoint's contents, which process 0
+    has; the others' are {}. moments: {parameter: names of its tensors in the optimiser}."""
     def at(*keys):
         return functools.reduce(operator.getitem, keys, state) if state else None
     for part in ("student", "teacher"):
@@ -379,8 +407,8 @@ def fill(tensor, value):
     if isinstance(tensor, DTensor):
         value = torch.empty(tensor.shape) if value is None else value
         value = value.to(tensor.device, tensor.dtype)
-        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))  # process 0 scatters its own
-        return
+        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
+        return  # of the values that were distributed process 0's count
     if value is not None:
         tensor.copy_(value)
     if dist.is_initialized():
@@ -393,46 +421,52 @@ def plain(args):
 
 
 def check_same_run(saved, args, path):
-    """Refuse to go on with arguments that contradict the checkpoint's; lines to print about a difference that is allowed.
+    """Refuse to go on with arguments that contradict the checkpoint's; lines to print about a
+    difference that is allowed.
 
-    The number type is what the matrix products were computed in; with the same --precision auto it may be another one on
-    another machine."""
+    The number type is what the matrix products were computed in; with the same --precision auto
+    it may be another one on another machine."""
     now = plain(args)
     known = saved.get("frame_names")  # not in files of older versions
     if known and known != now["frame_names"] and saved["n_frames"] == now["n_frames"]:
-        raise SystemExit(f"{path} was trained on {now['n_frames']} frames and so many are here, but of other names; give the "
-                         "same --data and --frames, or another --out with --init to start from its weights")
+        raise SystemExit(
+            f"{path} was trained on {now['n_frames']} frames and so many are here, but of other "
+            "names; give the same --data and --frames, or another --out and its weights as --init")
     same_type = saved.get("number_type") == now["number_type"]
-    may_change = MAY_CHANGE | {"frame_names", "number_type"} | ({"precision"} if same_type else set())
-    differ = [f"  {k}: {saved.get(k)} in the checkpoint, {now.get(k)} asked for" for k in sorted(saved.keys() | now.keys())
-              if k not in may_change and saved.get(k) != now.get(k)]
+    may_change = MAY_CHANGE | {"frame_names", "number_type"}
+    may_change |= {"precision"} if same_type else set()
+    differ = [f"  {name}: {saved.get(name)} in the checkpoint, {now.get(name)} asked for"
+              for name in sorted(saved.keys() | now.keys())
+              if name not in may_change and saved.get(name) != now.get(name)]
     if differ:
-        raise SystemExit(f"{path} was made with other arguments; give the same ones, another --out, or --resume no:\n"
-                         + "\n".join(differ))
+        raise SystemExit(f"{path} was made with other arguments; give the same ones, another "
+                         "--out, or --resume no:\n" + "\n".join(differ))
     if same_type or "number_type" not in saved:
         return []
-    return [f"matrix products were in {saved['number_type']} until now; --precision auto chooses {now['number_type']} here\n"]
+    return [f"matrix products were in {saved['number_type']} until now; --precision auto "
+            f"chooses {now['number_type']} here\n"]
 
 
 def schedule_changes(old, new, step):
-    """How a resumed run's schedules move when --steps or the global batch changed: lines to print."""
+    """How a resumed run's schedules move with --steps or the global batch: lines to print."""
     if len(old["lr"]) == len(new["lr"]) and np.array_equal(old["lr"], new["lr"]):
         return []
     at = [min(step, len(s["lr"]) - 1) for s in (old, new)]
-    return [f"schedules stretched from {len(old['lr'])} to {len(new['lr'])} steps; at step {step}:"] + [
-        f"  {name}: {old[name][at[0]]:.4g} -> {new[name][at[1]]:.4g}" for name in new]
+    return [f"schedules stretched from {len(old['lr'])} to {len(new['lr'])} steps; at step {step}:",
+            *(f"  {name}: {old[name][at[0]]:.4g} -> {new[name][at[1]]:.4g}" for name in new)]
 
 
 def reset_best(progress, measured, say):
-    """Forget the best score where the probe's task or frames are others than those that it was measured on."""
+    """Forget the best score where it was measured on another task or on other frames."""
     if measured and progress["probe"] != measured:
         if progress["best"] > -math.inf:
-            say("the probe's task or frames are not those of the checkpoint: best.pt begins anew")
+            say("the probe's task or frames are others than before: best.pt begins anew")
         progress |= {"best": -math.inf, "probe": measured}
 
 
 def cut_log(path, step):
-    """Drop the lines of steps that will be made again, a last line that a kill tore, and lines that are no records."""
+    """Drop the lines of steps that will be made again, a last line that a kill tore, and lines
+    that are no records."""
     if not path.exists():
         return
     lines, garbage = [], 0

@@ -74,7 +74,7 @@ RECIPES = {
 SHRINK_ON_CPU = ("steps", "batch", "prototypes", "global_size", "local_size")  # taken from demo where there is no GPU
 
 
-# --- set-up -----------------------------------------------------------------------------------------------------------
+# --- set-up ------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
@@ -91,7 +91,8 @@ def parse(argv=None):
     box("--data", help="folder of frames (sub-folder = video) or manifest.csv of curate.py; without it synthetic frames are made and used")
     box("--frames", help="file with the stems or paths to use, one a line: keep the test frames of your probes out")
     box("--workers", type=int, default=argparse.SUPPRESS, help="processes per process that decode and crop; not given, they share the "
-        "cores with the threads that train")
+        "cores with the threads that train. Each keeps two batches in shared memory (/dev/shm), of 34 MB at --batch 64 and DINOv2's crops: "
+        "8 workers want 550 MB, and a container has 64 MB if it is not told otherwise (docker run --shm-size=8g)")
     box("--global-size", type=int, default=argparse.SUPPRESS, help="px of the two global crops, a multiple of 14")
     box("--local-size", type=int, default=argparse.SUPPRESS, help="px of the local crops, a multiple of 14")
     box("--local-crops", type=int, default=argparse.SUPPRESS, help="local crops per frame; they cost most of a step")
@@ -334,22 +335,23 @@ def autocast_for(args, device):
 
 
 def make_batches(args, frames, start, rank, world, device, seen=None, lifeline=None):
-    """Batches of this process from step `start` on, before which `seen` frames were seen. lifeline:
-    see augment.outlive_signals."""
+    """Batches of this process from step `start` on, before which `seen` frames were seen.
+    lifeline: see augment.outlive_signals."""
     multicrop = augment.MultiCrop(
         frames, seed=args.seed, global_size=args.global_size, local_size=args.local_size,
         local_crops=args.local_crops, global_scale=tuple(args.global_scale),
         local_scale=tuple(args.local_scale), blur=args.blur, hue=args.hue,
         grayscale=args.grayscale, solarize=args.solarize, exact_decode=args.exact_decode)
-    sampler = augment.EpochSampler(len(frames), args.batch, args.seed, rank, world, start, args.steps,
-                                   seen)
+    sampler = augment.EpochSampler(len(frames), args.batch, args.seed, rank, world, start,
+                                   args.steps, seen)
     side = args.global_size // 14
     masks = augment.BlockMasks((side, side), args.batch * world, args.seed)
-    return iter(augment.loader(multicrop, sampler, masks, args.workers, device.type == "cuda", lifeline))
+    pin = device.type == "cuda"
+    return iter(augment.loader(multicrop, sampler, masks, args.workers, pin, lifeline))
 
 
 def next_batch(batches, skipped, log, step, trouble):
-    """The next batch, or None: after the last step, or where there is none and `trouble` says why."""
+    """The next batch, or None: after the last step, or where `trouble` says why there is none."""
     try:
         with log.waiting():
             raw = next(batches, None)
@@ -358,20 +360,22 @@ def next_batch(batches, skipped, log, step, trouble):
         return raw
     except SystemExit as end:  # too many unreadable frames
         trouble.append(end.code)
-    except (OSError, data.BadImage) as error:
-        trouble.append(str(error).rpartition(f"{type(error).__name__}: ")[2])  # a worker's error brings its traceback
+    except (OSError, data.BadImage) as error:  # a worker's error brings its traceback along
+        trouble.append(str(error).rpartition(f"{type(error).__name__}: ")[2])
     except RuntimeError as error:
         if "shared memory" in str(error) or "No space left" in str(error):
-            trouble.append("the workers have no shared memory left for their batches (/dev/shm): give the container more, as "
-                           "docker run --shm-size=8g does, or take fewer --workers or a smaller --batch")
+            trouble.append(
+                "the workers have no shared memory left for their batches (/dev/shm): give the "
+                "container more (docker run --shm-size=8g), fewer --workers or a smaller --batch")
         elif "DataLoader worker" in str(error):
-            trouble.append(f"a loader's worker died ({error}); if the machine was short of memory, take fewer --workers")
+            trouble.append(f"a loader's worker died ({error}); if the machine was short of memory, "
+                           "take fewer --workers")
         else:
             raise
     return None
 
 
-# --- watching ---------------------------------------------------------------------------------------------------------
+# --- watching ----------------------------------------------------------------------------------
 
 
 def healthy_cross_entropies(n_prototypes, bottleneck, temp, student_temp=0.1, draws=32):
@@ -414,30 +418,29 @@ def collapse_warnings(stats, n_prototypes, rows):
 
 
 def probe(model, args, labelled, step, best, device, trouble):
-    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far). Process 0 works, the others
-    wait; what goes wrong is told to `trouble`."""
+    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far).
+    Process 0 works, the others wait; what goes wrong is told to `trouble`."""
     import probe_mes  # lazily: training without a probe does not need it
-    backbone = plain_teacher(model, args)
+    backbone, path = plain_teacher(model, args), pathlib.Path(args.out) / "best.pt"
 
     def score():
         name = "kappa" if args.probe_task == "mes" else "macro_f1"
         try:
             metrics = probe_mes.online_score(backbone.to(device), labelled, device)
-        except (OSError, ValueError) as error:
-            trouble.append(f"the probe of step {step}: {error}")
-            return None, best
-        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-                   + (f" (best {name} so far {best:.3f})" if best > -math.inf else f" (the first {name})"))
-        if metrics[name] > best:
-            path = pathlib.Path(args.out) / "best.pt"
-            try:
+            numbers = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+            before = f"best {name} so far {best:.3f}" if best > -math.inf else f"the first {name}"
+            tqdm.write(f"step {step}: {numbers} ({before})")
+            if metrics[name] > best:
                 with writing(path):
                     vit.save_backbone(path, backbone, args.arch, step, plain(args), metrics)
-            except SystemExit as end:
-                trouble.append(end.code)
-        return metrics, max(best, metrics[name])
+            return metrics, max(best, metrics[name])
+        except (OSError, ValueError) as error:
+            trouble.append(f"the probe after step {step}: {error}")
+        except SystemExit as end:
+            trouble.append(end.code)
+        return None, best
     signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the probe's own workers inherit it, see augment.outlive_signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the workers of the probe inherit this
     try:
         return on_rank_0(score)
     finally:
@@ -445,10 +448,12 @@ def probe(model, args, labelled, step, best, device, trouble):
 
 
 class Log:
-    """log.jsonl and the progress bar, on rank 0; warns of a run that looks unwell. On resuming, what will be made again is cut."""
+    """log.jsonl and the progress bar, on rank 0; warns of a run that looks unwell. On resuming,
+    what will be made again is cut."""
 
     def __init__(self, out, args, progress, world, rank, trouble):
-        self.args, self.world, self.rank, self.trouble, self.warned = args, world, rank, trouble, set()
+        self.args, self.world, self.rank, self.trouble = args, world, rank, trouble
+        self.warned = set()
         self.images = self.wait = 0.0
         self.clock = time.perf_counter()
         on_rank_0(lambda: self.open(out, progress["step"]))
@@ -477,8 +482,9 @@ class Log:
         terms = dict(zip(terms, means.tolist()))
         stats = losses.collapse_stats(model.teacher_logits, float(now["temp"]))
         seconds = time.perf_counter() - self.clock
-        self.write({"step": step, **terms, **{k: float(v) for k, v in now.items()}, **{f"grad_norm_{k}": float(v) for k, v in norms.items()},
-                    **stats, "images_per_s": self.images / seconds, "input_wait": self.wait / seconds})
+        self.write({"step": step, **terms, **{name: float(value) for name, value in now.items()},
+                    **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()}, **stats,
+                    "images_per_s": self.images / seconds, "input_wait": self.wait / seconds})
         self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
         self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
         if step == 0:
@@ -508,7 +514,7 @@ class Log:
                 self.file.close()
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- the run -----------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -525,8 +531,9 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Names of the signals that ask for the end, as they come; the run then saves and ends. One request may come twice: from
-    torchrun, and to the whole group of processes. A second SIGINT ends at once, and so does what comes 5 s after the first."""
+    """Names of the signals that ask for the end, as they come; the run then saves and ends. One
+    request may come twice, to the whole group of processes and from torchrun. A second SIGINT
+    ends at once, and so does any signal more than 5 s after the first."""
     asked, times = [], []
 
     def note(number, frame):
@@ -535,7 +542,7 @@ def asked_to_stop():
         if asked.count("SIGINT") > 1 or times[-1] - times[0] > 5:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
@@ -544,12 +551,13 @@ def asked_to_stop():
 
 
 def run(args, device, rank, world, stop):
-    """Train from the first step, or from the checkpoint's, to the last one, until a signal has filled `stop`, or until a process
-    is in trouble. Whatever ends the run, all processes end together after the same step, and last.pt is written."""
+    """Train from the first step, or from the checkpoint's, to the last one, until a signal has
+    filled `stop`, or until a process is in trouble. Whatever ends the run, all processes end
+    together after the same step, and last.pt is written."""
     say = print if rank == 0 else lambda *words, **how: None
     trouble = []  # sentences: why this process cannot go on
     frames = together(lambda: open_frames(args, say))
-    reader, writer = multiprocessing.Pipe(duplex=False)  # closed at the end, which ends the workers
+    lifeline = reader, writer = multiprocessing.Pipe(duplex=False)  # closing it ends the workers
     with run_folder(args) as out, reader, writer:
         model = together(lambda: build_model(args, say))
         check_agreement(args, model)
@@ -560,13 +568,14 @@ def run(args, device, rank, world, stop):
         schedules = make_schedules(args, args.batch * world)
         describe(args, model, frames, world, say)
         labelled = on_rank_0(lambda: open_probe(args, say))
-        reset_best(progress, labelled and [args.probe_task, digest("\n".join(labelled.paths).encode())], say)
-        batches = make_batches(args, frames, progress["step"], rank, world, device, progress["seen"], (reader, writer))
+        reset_best(progress, measured_on(args, labelled), say)
+        batches = make_batches(args, frames, progress["step"], rank, world, device, progress["seen"],
+                               lifeline)
         skipped, saver = augment.Skipped(frames, world), Saver(args, progress["step"], trouble)
         log = Log(out, args, progress, world, rank, trouble)
         model.train()
 
-        for step in range(progress["step"], args.steps + 1):  # once more after the last one, to save
+        for step in range(progress["step"], args.steps + 1):  # once more after the last, to save
             raw = None if stop else next_batch(batches, skipped, log, step, trouble)
             stopping, failing, saving = anywhere(device, stop, trouble, saver.due(step))
             ending = stopping or failing or step == args.steps
@@ -577,7 +586,8 @@ def run(args, device, rank, world, stop):
             batch = augment.augment(raw, device)
             batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
             now = {name: values[step] for name, values in schedules.items()}
-            terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast, wrapped)
+            terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast,
+                                              wrapped)
 
             if finite:
                 log.step(step, terms, norms, now, model)
@@ -588,7 +598,8 @@ def run(args, device, rank, world, stop):
             done = step + 1
             progress |= {"step": done, "seen": progress["seen"] + args.batch * world}
             if args.probe_every and (done % args.probe_every == 0 or done == args.steps):
-                metrics, progress["best"] = probe(model, args, labelled, done, progress["best"], device, trouble)
+                metrics, progress["best"] = probe(model, args, labelled, done, progress["best"],
+                                                  device, trouble)
                 log.write({"step": step, "probe": metrics})
             if done == args.steps or args.export_every and done % args.export_every == 0:
                 saver.export(model, done)
@@ -598,8 +609,8 @@ def run(args, device, rank, world, stop):
         log.close()
         together(lambda: sys.exit(trouble[0] if trouble else None))
     if stopping and step < args.steps:
-        say(f"{stop[0] if stop else 'a signal'}: stopped after step {step} of {args.steps}; the same command goes on from "
-            f"{out / 'last.pt'}")
+        say(f"{stop[0] if stop else 'a signal'}: stopped after step {step} of {args.steps}; the same "
+            f"command goes on from {out / 'last.pt'}")
 
 
 def describe(args, model, frames, world, say):
@@ -630,6 +641,11 @@ def open_probe(args, say):
         return data.open_labelled(root, args.probe_task)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--probe-data {root}: {error}") from error
+
+
+def measured_on(args, labelled):
+    """What the probe's scores belong to: its task and the names of its frames."""
+    return labelled and [args.probe_task, digest("\n".join(labelled.paths).encode())]
 
 
 def draw_kept(model, batch, seed, step, rank):

@@ -220,7 +220,7 @@ def test_process_0_decides_whether_to_resume(pair):
 
 @pytest.mark.parametrize("name, sentence", [
     ("names", "process 1 differs from process 0 in its --data"), ("weights", "process 1 differs from process 0 in its first weights"),
-    ("flags", "process 1 differs from process 0 in its arguments: .'lr': 1.0. instead of .'lr': 0.012."),
+    ("flags", "process 1 differs from process 0 in its --lr: 1.0 instead of 0.012"),
     ("read", "frame.png: Input/output error, process 1"), ("full", "cannot write .*.pt: File too large")])
 def test_processes_end_together_with_one_sentence(pair, name, sentence):
     _, (first, second) = pair

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import vit
 
-CHUNK = 2 ** 26  # numbers of the largest intermediate on the device
+CHUNK = 2 ** 25  # numbers of the largest intermediate on the device
 LONG = 2 ** 32  # products of a pass from which k-means keeps what it has found so far
 SAMPLE = 2 ** 16  # rows that the first centres are taken from, however many there are
 
@@ -231,8 +231,8 @@ def lloyd(x, centres, step=0, inertia=np.inf, steps=50, tolerance=1e-4, bar=Fals
         if settled or step == steps - 1:
             return centres, labels, cosines
         before, old, empty = inertia, labels, np.setdiff1d(np.arange(k), labels)
-        centres = [F.normalize(some.double(), dim=1).float() for some in sums.split(4096)]
-        centres = torch.cat(centres)                                        # (k, D)
+        for part in chunks(k, 32 * centres.shape[1]):  # in place: there may be a gigabyte of them
+            centres[part] = F.normalize(sums[part].double(), dim=1).float()
         if len(empty):
             centres[empty] = x[np.sort(np.argsort(cosines, kind="stable")[:len(empty)])]
 

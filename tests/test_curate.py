@@ -409,7 +409,7 @@ def test_kmeans_stops_when_no_label_changes(monkeypatch):
     real = clusters.assign
     monkeypatch.setattr(clusters, "assign", lambda *args, **kwargs: passes.append(real(*args, **kwargs)) or passes[-1])
     x = blobs(40, 4, 8)
-    clusters.lloyd(x, x[:4], tolerance=-1)  # of tolerance -1 it never has enough
+    clusters.lloyd(x, x[:4].clone(), tolerance=-1)  # of tolerance -1 it never has enough
     labels = [labels for labels, _, _ in passes]
     assert len(labels) < 50 and np.array_equal(labels[-1], labels[-2])
     assert not any(np.array_equal(a, b) for a, b in zip(labels[:-2], labels[1:-1]))

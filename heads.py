@@ -75,18 +75,18 @@ class Ordinal(Standardised):
 
 
 class Neighbours(nn.Module):
-    """Votes of the 20 nearest training frames by the last block's class token: bank (n, D) of
+    """Votes of the k nearest training frames by the last block's class token: bank (n, D) of
     these tokens, labels (n,)."""
 
-    def __init__(self, n_classes, bank, labels):
+    def __init__(self, n_classes, k, temp, bank, labels):
         super().__init__()
-        self.n_classes, self.blocks = n_classes, 1
+        self.n_classes, self.k, self.temp, self.blocks = n_classes, k, temp, 1
         self.register_buffer("bank", bank)
         self.register_buffer("labels", labels)
 
     def forward(self, features, rows=slice(None)):
         x = features["cls"][rows, -1]
-        p = knn_probabilities(self.bank, self.labels, x, n_classes=self.n_classes).cpu()
+        p = knn_probabilities(self.bank, self.labels, x, self.k, self.temp, self.n_classes).cpu()
         return p, p.argmax(1)
 
 

@@ -461,7 +461,8 @@ def load_backbone(path, device="cpu", image_size=None):
         model.resize_position_embedding(image_size)
     ours = file if kind == "endodino-1" else {}
     model.info = {"path": str(path), "arch": model.arch, "format": kind,
-                  "step": ours.get("step"), "metrics": ours.get("metrics", {})}
+                  "step": ours.get("step"), "args": ours.get("args", {}),
+                  "metrics": ours.get("metrics", {})}
     count = sum(p.numel() for p in model.parameters())
     print(f"{path}: {model.arch or config}, {kind}, {config['image_size']} px position embedding, "
           f"{count:,} parameters, all {len(state)} tensors matched")

@@ -1,6 +1,7 @@
 """probe_classify.py: metrics and kNN against recorded numbers, the fit against Newton's method, what is cached, the whole command."""
 import json
 import pathlib
+import re
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import data
 import frozen
 import probe_classify as pc
+import results
 import vit
 
 METRICS = json.loads((pathlib.Path(__file__).parent / "reference" / "metrics.json").read_text())
@@ -67,12 +69,12 @@ def test_metrics_of_nothing_and_of_wrong_labels():
 
 def test_bootstrap_draws_whole_groups():
     value = np.repeat([0.0, 1.0, 2.0, 3.0], 50)  # four patients, each with 50 equal frames
-    low, high = frozen.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
+    low, high = results.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
     assert low < 0.6 and high > 2.4  # by frames it would be 1.5 +- 0.16
-    assert (low, high) == frozen.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
-    alone = frozen.bootstrap_interval(lambda rows: [1.0, 2.0], ["a", "a"])
+    assert (low, high) == results.bootstrap_interval(lambda rows: value[rows].mean(), np.repeat(list("abcd"), 50))
+    alone = results.bootstrap_interval(lambda rows: [1.0, 2.0], ["a", "a"])
     assert np.isnan(alone).all() and np.shape(alone) == (2, 2)
-    assert np.isnan(frozen.bootstrap_interval(lambda rows: float("nan"), ["a", "b"], n=5)).all()
+    assert np.isnan(results.bootstrap_interval(lambda rows: float("nan"), ["a", "b"], n=5)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,12 +226,12 @@ def test_choice_reads_validation_labels_alone():
     features = planted_features(90, seed=1)
     y = (features["cls"][:, 0, 0] > 0).long()  # readable from the first of the four blocks only
     split = data.Split(np.arange(40), np.arange(40, 65), np.arange(65, 90))
-    _, setting, _ = frozen.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1)
+    setting = results.best_on_validation(pc.linear_head, pc.GRID, features, y, split, 2, pc.macro_f1).setting
     assert setting["blocks"] == 4
     poisoned = y.clone()
     poisoned[split.test] = 1 - y[split.test]
-    assert frozen.best_on_validation(pc.linear_head, pc.GRID, features, poisoned, split, 2, pc.macro_f1)[1] == setting
-    first = frozen.best_on_validation(pc.linear_head, pc.GRID, features, torch.zeros(90, dtype=torch.long), split, 2, pc.macro_f1)[1]
+    assert results.best_on_validation(pc.linear_head, pc.GRID, features, poisoned, split, 2, pc.macro_f1).setting == setting
+    first = results.best_on_validation(pc.linear_head, pc.GRID, features, torch.zeros(90, dtype=torch.long), split, 2, pc.macro_f1).setting
     assert first == pc.GRID[0]  # all tie: the strongest regularisation, the smallest input
 
 
@@ -271,11 +273,10 @@ def workplace(tmp_path_factory):
 def quick(workplace, monkeypatch):
     """Few draws and strengths, features under the test's folder, the small set in the synthetic set's place."""
     monkeypatch.chdir(workplace)
-    interval = frozen.bootstrap_interval
-    for module in (frozen, pc):
-        monkeypatch.setattr(module, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
-    monkeypatch.setattr(pc, "HEADS", {"kNN": (pc.knn_head, [{}]), "linear": (pc.linear_head, pc.GRID[2:8])})
-    monkeypatch.setattr(frozen.synthetic, "ensure", lambda: workplace / "set")
+    interval = results.bootstrap_interval
+    monkeypatch.setattr(results, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
+    monkeypatch.setattr(pc, "HEADS", {"kNN": (pc.knn_head, pc.NEIGHBOURS), "linear": (pc.linear_head, pc.GRID[2:8])})
+    monkeypatch.setattr(results.synthetic, "ensure", lambda: workplace / "set")
     return workplace
 
 
@@ -286,11 +287,11 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     results = [r for r in rows if r["table"] == "results"]
     assert [(r["backbone"], r["head"], r["tested on"]) for r in results] == [
         (b, h, t) for b, heads in (("majority class", ["none"]), ("b.pt", ["kNN", "linear"]), (random, ["kNN", "linear"]))
-        for h in heads for t in ("same data", "unrelated data")]
+        for h in heads for t in ("held-out, same source", "scope2")]
     assert results[0]["accuracy"] == pytest.approx(15 / 27, abs=0.02)   # folds of 3 + 2 cecum and pylorus frames, 0 or 1 ileum
     assert results[1]["accuracy"] == pytest.approx(1 / 3)               # the training majority on balanced frames
     for row in results:
-        assert np.sum(row["confusion"]) == (27 if row["tested on"] == "same data" else 5 * 15)
+        assert np.sum(row["confusion"]) == (27 if row["tested on"] == "held-out, same source" else 5 * 15)
         assert np.trace(row["confusion"]) / np.sum(row["confusion"]) == pytest.approx(row["accuracy"], abs=0.03)
         assert row["macro F1"] == pytest.approx(np.mean([row[f"F1 {c}"] for c in ("cecum", "ileum", "pylorus")]))
     assert len(results[4]["chosen on validation"]) == 5 and results[4]["step"] == 7
@@ -305,7 +306,7 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
         assert gain["accuracy low"] <= gain["accuracy"] + 0.2 and gain["accuracy high"] >= gain["accuracy"] - 0.2
     assert json.loads((quick / "b.landmarks.json").read_text()) == rows
     for words in ("| backbone | head | tested on | accuracy | macro F1 |", "Confusion, b.pt, linear", "paper value: not available", "seed: 0",
-                  "frames: 27", "unrelated data: HyperKvasir anatomical landmarks, official folds 0, 1, 2, 3, 4: 15 frames, 15 groups"):
+                  "frames: 27", "also tested on: scope2: HyperKvasir anatomical landmarks, official folds 0, 1, 2, 3, 4, 15 frames of "):
         assert words in printed
     monkeypatch.setattr(vit.VisionTransformer, "intermediate", lambda *a, **k: pytest.fail("features were computed again"))
     assert pc.main(["b.pt", "--device", "cpu", "--out", "again.json"]) == rows
@@ -323,6 +324,81 @@ def test_size_is_what_the_backbone_sees(quick, monkeypatch):
             pc.main(["b.pt", "--device", "cpu", flag, value])
 
 
+def test_against_the_weights_that_a_run_started_from(quick, tmp_path):
+    files = [tmp_path / "from.pt", tmp_path / "after.pt"]
+    vit.save_backbone(files[0], tiny_vit(seed=5), None)
+    vit.save_backbone(files[1], tiny_vit(seed=8), None, args={"init": str(tmp_path / "x/../from.pt")})
+
+    def pairs(*argv):
+        rows = pc.main([*map(str, argv), "--device", "cpu", "--size", "28", "--splits", "1", "--out", str(tmp_path / "r.json")])
+        results = {(r["backbone"], r["head"], r["tested on"]): r["accuracy"] for r in rows if r["table"] == "results"}
+        found = [r for r in rows if r["table"] == "difference"]
+        for r in found:
+            gain = results[r["backbone"], r["head"], r["tested on"]] - results[r["minus"], r["head"], r["tested on"]]
+            assert r["accuracy"] == pytest.approx(gain)
+        return list(dict.fromkeys((pathlib.Path(r["backbone"]).name, pathlib.Path(r["minus"]).name) for r in found))
+
+    random = "0)"  # the last part of "random initialisation (ViT 64/4/1/0)"
+    plain = [("after.pt", random), ("from.pt", random)]
+    assert pairs(files[1], files[0]) == [*plain, ("after.pt", "from.pt")]   # the run says where it started
+    assert pairs(files[1]) == plain[:1]                                    # but those weights are not tested
+    assert pairs("b.pt", "--against", files[0]) == [("b.pt", random), plain[1], ("b.pt", "from.pt")]
+
+
+def test_several_other_sets_each_under_its_folders_name(quick, tmp_path):
+    hyper_kvasir(tmp_path / "lisbon", seed=2, counts=(("cecum", 5), ("ileum", 5), ("pylorus", 5)))
+    rows = pc.main(["b.pt", "--device", "cpu", "--size", "28", "--splits", "1", "--out", str(tmp_path / "r.json"), "--data", "set/hyper-kvasir",
+                    "--generalise", "set/scope2", "--generalise", str(tmp_path / "lisbon")])
+    sets = ["held-out, same source", "scope2", "lisbon"]
+    assert [r["tested on"] for r in rows if r["table"] == "results"] == sets * 5
+    assert rows[0]["root"] == "set/hyper-kvasir" and rows[0]["also tested on"].startswith("scope2: HyperKvasir") and "; lisbon: " in rows[0]["also tested on"]
+
+
+def test_every_row_says_its_setting(quick, capsys):
+    rows = pc.main(["b.pt", "--device", "cpu", "--size", "28"])
+    setting = {(r["table"], r["head"]): r["setting"] for r in rows if "setting" in r and r["backbone"] == "b.pt"}
+    assert setting["results", "kNN"] == "k 20, temp 0.07 (5 of 5 splits)"
+    assert re.fullmatch(r"blocks [14], patch (True|False), l2 [\d.]+ \([1-5] of 5 splits\)", setting["results", "linear"])
+    assert setting["few-shot", "linear"] == "blocks 1, patch True, l2 0.1 (fixed)"
+    assert "| k 20, temp 0.07 (5 of 5 splits) |" in capsys.readouterr().out
+    assert results.most_often([{"l2": 1}, {"l2": 2}, {"l2": 2}]) == "l2 2 (2 of 3 splits)"
+
+
+def test_a_fold_where_a_metric_is_undefined():
+    folds = [{"AUC": 0.5, "F1": 1.0}, {"AUC": float("nan"), "F1": 0.0}, {"AUC": 0.7, "F1": 0.5}]
+    row = results.mean_of(folds) | results.deviation_of(folds)
+    assert row["AUC"] == pytest.approx(0.6) and row["AUC sd"] == pytest.approx(0.1) and row["AUC splits"] == "2 of 3" and "F1 splits" not in row
+    assert "| 0.600 ± 0.100 (2 of 3 splits) | 0.500 ± 0.408 |" in results.markdown_table([row])
+    nowhere = results.mean_of(folds[1:2]) | results.deviation_of(folds[1:2])
+    assert np.isnan(nowhere["AUC"]) and "| n/a ± n/a |" in results.markdown_table([nowhere])
+
+
+def test_shots_write_a_head_from_a_few_frames(quick, tmp_path):
+    out = ["--device", "cpu", "--size", "28", "--precision", "fp32", "--out", str(tmp_path / "r.json")]
+    rows = pc.main(["b.pt", "--shots", "1", "5", *out])
+    assert {r["table"] for r in rows} == {"results", "few-shot"} and {r["backbone"] for r in rows if r["table"] == "results"} == {"majority class"}
+    assert [r["labelled per class"] for r in rows if r.get("backbone") == "b.pt"] == [1, 5]
+    full = [r for r in pc.main(["b.pt", *out[:-1], str(tmp_path / "full.json")]) if r["table"] == "few-shot" and r["backbone"] == "b.pt"]
+    assert [r["accuracy"] for r in rows if r.get("backbone") == "b.pt"] == [r["accuracy"] for r in full[:2]]  # the table's draws
+    pc.main(["b.pt", "--shots", "5", *out])
+    model, labelled = vit.load_backbone("b.pt"), data.open_labelled("set", "landmarks")
+    head = frozen.load_head(tmp_path / "b.landmarks.linear.pt", model)
+    assert head.setting == pc.FEW_SHOT | {"labelled per class": 5} and set(head.metrics["test"]) >= {"accuracy", "macro F1"}
+    split, rng = labelled.splits[0], np.random.default_rng((0, 0))
+    drawn = np.concatenate([rng.permutation(split.train[labelled.labels[split.train] == c])[:5] for c in range(3)])
+    features = frozen.extract(model, labelled.paths, "cpu", 28)
+    fitted = pc.linear_head(features, torch.from_numpy(labelled.labels), drawn, 3, **pc.FEW_SHOT)
+    assert torch.equal(fitted.weight, head.network.weight)
+
+
+def test_stretched_view(quick, tmp_path, monkeypatch):
+    seen, square = set(), data.square
+    monkeypatch.setattr(data, "square", lambda image, size, view="crop": seen.add(view) or square(image, size, view))
+    rows = pc.main(["b.pt", "--device", "cpu", "--size", "42", "--splits", "1", "--view", "stretch", "--out", str(tmp_path / "r.json")])
+    assert seen == {"stretch"} and rows[0]["view"] == "stretch"
+    assert frozen.load_head(tmp_path / "b.landmarks.linear.pt", vit.load_backbone("b.pt")).view == "stretch"
+
+
 def test_without_arguments_random_weights_and_the_majority(quick, monkeypatch):
     monkeypatch.setattr(frozen.vit, "build_vit", lambda arch: tiny_vit(seed=torch.initial_seed()))
     rows = pc.main([])
@@ -337,25 +413,25 @@ def test_any_tree_of_class_folders(quick, tmp_path):
                 frame(tmp_path / "tree" / name / f"p{patient}" / f"{i}.png", label, 10 * patient + i)
     rows = pc.main(["b.pt", "--data", str(tmp_path / "tree"), "--out", str(tmp_path / "r.json"), "--device", "cpu"])
     linear = next(r for r in rows if r["head"] == "linear" and r["backbone"] == "b.pt")
-    assert linear["groups"] == 6 and linear["frames"] == 24 and "F1 left" in linear and "accuracy sd" in linear
+    assert linear["groups"].startswith("6 groups") and linear["frames"] == 24 and "F1 left" in linear and "accuracy sd" in linear
 
 
 def test_one_split_gives_an_interval_by_patient_and_one_patient_gives_none():
     labels, n = np.array([0, 1] * 10), 20
     metrics = pc.landmark_metrics(("a", "b"))
-    outcome = torch.from_numpy(np.where(np.arange(n) < 12, labels, 1 - labels))[None], torch.rand(1, n, 2)
+    outcome = results.Answers(torch.from_numpy(np.where(np.arange(n) < 12, labels, 1 - labels))[None], torch.rand(1, n, 2))
     for groups, known in ((list(np.arange(n) // 4), True), (["a"] * n, False)):
-        row = frozen.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), outcome, 0)
+        row = results.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), outcome, 0)
         assert row["accuracy"] == 0.6 and np.isnan(row["accuracy low"]) != known
-        few = torch.where(torch.arange(n) < 16, -1, outcome[0]), outcome[1]  # the last patient alone is tested: nothing to draw from
-        assert np.isnan(frozen.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), few, 0)["F1 a low"])
-    assert row["accuracy"] == 0.6 and "| 0.600 [n/a, n/a] |" in frozen.markdown_table([row])
+        few = results.Answers(torch.where(torch.arange(n) < 16, -1, outcome[0]), outcome[1])  # the last patient alone is tested: nothing to draw from
+        assert np.isnan(results.summarise(metrics, data.Labelled("x", [], labels, ("a", "b"), groups, None, []), few, 0)["F1 a low"])
+    assert row["accuracy"] == 0.6 and "| 0.600 [n/a, n/a] |" in results.markdown_table([row])
 
 
 def test_table_and_json_of_undefined_numbers(tmp_path):
     row = {"a": 0.5, "a sd": 0.25, "b": float("nan"), "b low": 0.0, "b high": 1.0, "n": 3, "c": None, "list": [1], "hide": 1}
-    assert frozen.markdown_table([row], hidden={"hide"}) == "| a | b | n | c |\n|---|---|---|---|\n| 0.500 ± 0.250 | n/a [0.000, 1.000] | 3 |  |"
-    frozen.write_rows([row], tmp_path / "new" / "r.json")
+    assert results.markdown_table([row], hidden={"hide"}) == "| a | b | n | c |\n|---|---|---|---|\n| 0.500 ± 0.250 | n/a [0.000, 1.000] | 3 |  |"
+    results.write_rows([row], tmp_path / "new" / "r.json")
     assert json.loads((tmp_path / "new" / "r.json").read_text())[0]["b"] is None
 
 
@@ -375,7 +451,15 @@ def test_one_sentence_for_wrong_inputs(quick, tmp_path):
     hyper_kvasir(tmp_path / "alone", counts=(("ileum", 5),))
     assert "two or more classes for landmarks, found ileum" in sentence("--data", tmp_path / "alone")
     hyper_kvasir(tmp_path / "other", counts=(("cecum", 5), ("z-line", 5)))
-    assert "--generalise: expected the classes" in sentence("--generalise", tmp_path / "other")
+    assert "other: expected the classes" in sentence("--generalise", tmp_path / "other")
+    ours = quick / "set/hyper-kvasir"
+    assert "27 of its frames are --data's own" in sentence("--data", ours, "--generalise", ours)
+    assert "--size 0: give a multiple of the patch size" in sentence("--size", 0)
+    assert "--shots 0: give at least one" in sentence("--shots", 0)
+    (tmp_path / "file").write_text("in the way of a folder")
+    assert "results cannot be written there" in (words := sentence("--out", tmp_path / "file/r.json"))
+    assert str(tmp_path / "file") in words and "give --out a file in another folder" in words
+    assert "is a folder: give the name of a JSON file" in sentence("--out", tmp_path)
     assert sentence("b.pt", "absent.pt") == "absent.pt: no such checkpoint file"
     (tmp_path / "notes.pt").write_text("not a checkpoint")
     assert "notes.pt is not a PyTorch checkpoint" in sentence(tmp_path / "notes.pt")
@@ -387,4 +471,4 @@ def test_one_sentence_for_wrong_inputs(quick, tmp_path):
     for label in range(2):
         for i in range(4):
             frame(tmp_path / "patient" / str(label) / "p0" / f"{i}.png", label, i)
-    assert "three or more are needed" in sentence("--data", tmp_path / "patient")  # one patient cannot be split
+    assert "need three patients of each class" in sentence("--data", tmp_path / "patient")  # one patient cannot be split

@@ -10,6 +10,7 @@ from PIL import Image
 
 import frozen
 import probe_segment as seg
+import results
 import vit
 
 
@@ -283,7 +284,7 @@ def test_command_prints_rows_twice_the_same(workplace, capsys):
     results = [r for r in rows if r["table"] == "results"]
     assert [(r["backbone"], r["head"], r["tested on"]) for r in results] == [
         (b, h, t) for b, heads in (("mean training mask", ["none"]), (str(root / "b.pt"), seg.HEADS.values()),
-                                   ("random initialisation (vitt14)", seg.HEADS.values())) for h in heads for t in ("same data", "unrelated data")]
+                                   ("random initialisation (vitt14)", seg.HEADS.values())) for h in heads for t in ("held-out, same source", "two")]
     assert [r["frames tested"] for r in results[:2]] == [4, 14] and results[2]["step"] == 7
     assert json.loads((root / "r.json").read_text())[3]["Dice"] == rows[3]["Dice"]
     assert "| Dice | IoU | dataset IoU | PraNet mDice (256 thresholds) |" in printed and "PraNet: mean over 256" in printed
@@ -306,9 +307,8 @@ def test_pranet_tree_has_a_row_per_test_set(tmp_path, workplace):
     assert [(r["head"], r["tested on"], r["frames tested"]) for r in rows] == [
         (head, test, 12) for head in ("none", "linear") for test in ("ETIS", "Kvasir")]
     disc_tree(tmp_path / "Kvasir-SEG")  # preferred, with its own test frames alone: PraNet's are among those that it trains on
-    args = seg.parse(["--data", str(tmp_path)])
-    labelled, other = seg.open_sets(args, "polyps")
-    assert [words for words, *_ in seg.test_sets(args, labelled, other)] == ["same data"]
+    labelled, sets = seg.open_sets(seg.parse(["--data", str(tmp_path)]), "polyps")
+    assert labelled.name.startswith("Kvasir-SEG") and [tested.words for tested in sets] == ["held-out, same source"]
 
 
 def test_trivial_row_knows_where_polyps_were_and_nothing_else():
@@ -331,3 +331,32 @@ def test_one_sentence_for_wrong_inputs(tmp_path, workplace):
         seg.main(["--steps", "0"])
     with pytest.raises(SystemExit, match="--boosted-size 100.*14"):
         seg.main(["--boosted-size", "100"])
+    with pytest.raises(SystemExit, match="--scales 0.01: 336 pixels times that are less than a patch"):
+        seg.main(["--scales", "1", "0.01", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="--size 0: give a multiple"):
+        seg.main(["--size", "0"])
+    bad = vit.build_vit("vitt14", image_size=56)
+    with torch.no_grad():
+        bad.blocks[7].mlp.fc1.weight[0, 0] = float("nan")
+    vit.save_backbone(tmp_path / "nan.pt", bad, "vitt14")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="nan.pt.*finite"):
+        patch.setattr(seg, "prior", lambda *a: pytest.fail("work began"))
+        seg.main([str(root / "b.pt"), str(tmp_path / "nan.pt"), "--data", str(trees[0]), *SMALL])
+
+
+def test_shots_write_a_head_from_a_few_frames(workplace, tmp_path):
+    root, trees = workplace
+    flags = ["--data", str(trees[0]), "--features", str(tmp_path / "f"), "--precision", "fp32", *SMALL, "--steps", "3"]
+    rows = seg.main([str(root / "b.pt"), *flags, "--shots", "1", "4", "--out", str(tmp_path / "r.json")])
+    few = [r for r in rows if r["table"] == "few-shot"]
+    assert [(r["backbone"], r["labelled frames"]) for r in few] == [
+        (b, n) for b in (str(root / "b.pt"), "random initialisation (vitt14)") for n in (1, 4)]
+    assert all(r["Dice sd"] >= 0 and r["setting"] == "lr 0.001 (fixed)" for r in few) and len(rows) == 5
+    model = vit.load_backbone(root / "b.pt")
+    head = frozen.load_head(tmp_path / "b.polyps.linear.pt", model)
+    assert head.setting == seg.FEW_SHOT | {"labelled frames": 4} and set(head.metrics["test"]) == {"Dice"}
+    args, labelled = seg.parse(flags), seg.data.open_labelled(trees[0], "polyps")
+    drawn = labelled.splits[0].train[np.random.default_rng((0, 0)).permutation(9)[:4]]
+    tokens = list(seg.frozen_tokens(model, [labelled.paths[i] for i in drawn], "linear", 28, True, tmp_path / "f"))
+    again = seg.trained_head(args, model, "linear", tokens, seg.masks_of(labelled, drawn, 28), 1e-3, 0)
+    assert all(torch.equal(t, head.network.state_dict()[k]) for k, t in again.state_dict().items())

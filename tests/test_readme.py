@@ -108,7 +108,7 @@ def commands(text):
 @texts
 def test_commands_have_flags_that_exist(path, parsers):
     found = list(commands(path.read_text()))
-    assert len(found) > 3
+    assert len(found) > 3 or path.name not in ("README.md", "results.md", "course.md")
     for name, argv in found:
         main(name, argv)
 

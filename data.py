@@ -242,7 +242,7 @@ class Labelled:
         """For a table's head: what intervals draw, and splits keep, together."""
         groups = len(set(self.groups))
         if groups < len(self.paths):
-            return f"{groups} groups of frames (patients, videos, near-duplicates)"
+            return f"{groups} groups of {len(self.paths)} frames (patients, videos, near-duplicates)"
         return ("of no two frames it is known that they belong together, so frames count as "
                 "independent (a groups.csv would say)")
 
@@ -419,7 +419,7 @@ def load_hyper_kvasir(root, kind, names, title):
     twins = near_duplicates(root)
     frames = of_one_label(frames, [twins.get(stem(path), path) for path, _ in frames])
     paths, labels = [path for path, _ in frames], np.array([label for _, label in frames])
-    groups = [twins.get(stem(path), patient(path)) for path in paths]
+    groups = groups_of(root, paths, lambda path: twins.get(stem(path), patient(path)))
     first = {}
     folds = [first.setdefault(group, fold[stem(path)]) for group, path in zip(groups, paths)]
     title = f"{title}, official folds {', '.join(map(str, sorted(set(folds))))}"

@@ -17,6 +17,7 @@ import pathlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
@@ -205,17 +206,23 @@ def hide(crop, mask, patch=14):
 # What a backbone sees
 
 
-def principal_colours(tokens):
+def principal_colours(tokens, lit=None):
     """The three principal components of tokens (n, D) as red, green and blue in [0, 1]: (n, 3).
-    Like features, like colours. (DINOv2, figure 1.)"""
-    tokens = tokens - tokens.mean(0)
-    axes = torch.linalg.eigh(tokens.T @ tokens).eigenvectors[:, -3:].flip(1)  # (D, 3)
+    Like features, like colours (DINOv2, figure 1).
+
+    lit (n,) bool: the tokens that count, where an endoscope's frame is not black; the others come
+    out black. Counted in, they would be so unlike the rest that one component told only that."""
+    lit = torch.ones(len(tokens), dtype=torch.bool) if lit is None or not lit.any() else lit
+    tokens = tokens - tokens[lit].mean(0)
+    some = tokens[lit]
+    axes = torch.linalg.eigh(some.T @ some).eigenvectors[:, -3:].flip(1)      # (D, 3)
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))              # (1, 3)
     components = tokens @ (axes * largest.sign())  # an eigenvector's sign is arbitrary: fix it
-    # Without the hundredth at both ends: one odd token would take the range of colours for
-    # itself
-    low, high = components.quantile(torch.tensor([0.01, 0.99], device=tokens.device), dim=0)
-    return ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    # Without the hundredth at both ends: one odd token would take the range of colours for itself
+    ends = torch.tensor([0.01, 0.99], device=tokens.device)
+    low, high = components[lit].quantile(ends, dim=0)
+    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colours * lit[:, None].to(colours.device)
 
 
 def heat(attention):
@@ -248,17 +255,17 @@ def tokens(models, paths, out, size=518, tile=280, masks=()):
 
     for name, model in models.items():
         title = f"{name[-44:]}\n" if len(models) > 1 else ""  # as much as fits above a picture
-        seen = [look(model, image, size) for image in images]  # of each (h, w, D), (nh, h, w)
-        colours = principal_colours(torch.cat([patches.flatten(0, 1) for patches, _ in seen]))
-        shapes = [patches.shape[:2] for patches, _ in seen]
-        parts = colours.split([h * w for h, w in shapes])      # of each (N, 3)
+        patches, lit, attention = zip(*(look(model, image, size) for image in images))
+        colours = principal_colours(torch.cat([p.flatten(0, 1) for p in patches]),
+                                    torch.cat([mask.flatten() for mask in lit]))
+        parts = colours.split([mask.numel() for mask in lit])  # of each image (N, 3)
         add(f"{title}patch tokens: 3 principal components",
-            [part.T.unflatten(1, shape) for part, shape in zip(parts, shapes)])
-        add(f"{title}class token's attention: mean", [heat(maps.mean(0)) for _, maps in seen])
+            [part.T.unflatten(1, mask.shape) for part, mask in zip(parts, lit)])
+        add(f"{title}class token's attention: mean", [heat(maps.mean(0)) for maps in attention])
     if len(models) == 1:
         side = math.ceil(math.sqrt(model.heads))
         add(f"... of each of {model.heads} heads",
-            [make_grid(heat(maps), nrow=side, padding=1, pad_value=1) for _, maps in seen])
+            [make_grid(heat(maps), nrow=side, padding=1, pad_value=1) for maps in attention])
     rows = [[(title if i == 0 else "", pictures[i]) for title, pictures in columns]
             for i in range(len(images))]
     save(grid(rows, gap=4, width=tile), out)
@@ -266,16 +273,17 @@ def tokens(models, paths, out, size=518, tile=280, masks=()):
 
 @torch.no_grad()
 def look(model, image, size):
-    """What the model makes of a PIL image whose longer side is resized to `size` px, both sides
-    to multiples of the patch: patch tokens (h, w, D) and the class token's attention (nh, h,
-    w)."""
+    """What the model makes of a PIL image whose longer side is resized to `size` px, both sides to
+    multiples of the patch: patch tokens (h, w, D), which patches are not black (h, w; bool, on the
+    CPU), and the class token's attention (nh, h, w)."""
     p = model.patch_size
     w, h = (max(round(side * size / max(image.size) / p), 1) for side in image.size)
     pixels = TF.to_image(image.resize((w * p, h * p), Image.Resampling.BICUBIC)) / 255  # (3, H, W)
+    lit = F.avg_pool2d(pixels.amax(0, keepdim=True), p)[0] > 0.1
     pixels = TF.normalize(pixels, data.IMAGENET_MEAN, data.IMAGENET_STD)
     pixels = pixels[None].to(model.pos_embed.device)                                    # (1, 3, H, W)
     patches = model(pixels)["patches"][0].unflatten(0, (h, w))                          # (h, w, D)
-    return patches, vit.class_attention(model, pixels)[0].unflatten(-1, (h, w))
+    return patches, lit, vit.class_attention(model, pixels)[0].unflatten(-1, (h, w))
 
 
 def fit(image, tile):

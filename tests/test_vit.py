@@ -493,6 +493,18 @@ def test_principal_colours_of_two_groups_are_two_colours():
     assert (colours[::2, 0] - colours[1::2, 0]).abs().min() > 0.9
 
 
+def test_principal_colours_leave_what_is_black_out_of_the_components():
+    """Ten tokens far away would take the first component; left out, the two groups have it again."""
+    sides = torch.tensor([1.0, -1.0]).repeat(25)[:, None]
+    tokens = torch.randn(1, 16) * sides + 1e-3 * torch.randn(50, 16)
+    tokens = torch.cat([tokens, 100 + torch.randn(10, 16)])
+    lit = torch.arange(60) < 50
+    colours = principal_colours(tokens, lit)
+    assert (colours[:50:2, 0] - colours[1:50:2, 0]).abs().min() > 0.9 and (colours[50:] == 0).all()
+    dark = principal_colours(tokens, torch.zeros(60, dtype=torch.bool))  # a black frame: all count
+    assert torch.equal(dark, principal_colours(tokens))
+
+
 def test_show_writes_a_picture_of_images_of_any_shape(tmp_path, capsys):
     save_backbone(tmp_path / "b.pt", build_vit("vitt14", depth=2, image_size=56), "vitt14")
     Image.new("RGB", (90, 60), "red").save(tmp_path / "wide one.png")

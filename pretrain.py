@@ -83,8 +83,8 @@ def parse(argv=None):
     box("--arch", default="vitb14", choices=vit.ARCHS, help="Vision Transformer; vitt14 is the small one for CPUs")
     box("--recipe", choices=RECIPES, help="row of the table below: the default of every flag without one here; not given, it is "
         "scratch on a GPU and demo without one")
-    box("--init", help="warm start from a backbone: ours, released DINOv2 weights or a DINOv2 training checkpoint (then with its heads, "
-        "where they fit); its position embedding stays as it is stored. --recipe adapt is made for it")
+    box("--init", help="warm start from a backbone: ours, released DINOv2 weights or their name "
+        "(dinov2_vits14), or a DINOv2 training checkpoint (then with its heads, where they fit); its position embedding stays as it is stored. --recipe adapt is made for it")
     box("--seed", type=int, default=0, help="the run is a function of it, bit for bit on CPUs")
 
     box = parser.add_argument_group("frames").add_argument

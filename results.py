@@ -41,7 +41,8 @@ def arguments(doc, task, size=224, otherwise=""):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("checkpoints", nargs="*",
-         help="backbone files: ours, released DINOv2 weights, DINOv2 training checkpoints")
+         help="backbones: our files, released DINOv2 weights or their name (dinov2_vits14), "
+         "DINOv2 training checkpoints")
     flag("--data", help=f"data root for {task}; without it the synthetic set, made on first use")
     flag("--generalise", action="append", metavar="FOLDER",
          help="another root with the same classes, or several (give the flag again): every head "

@@ -3,8 +3,8 @@
     python bench.py model            images/s and FLOP/s of each architecture
     python bench.py --help           the other sub-commands
 
-Candidates of one table run in turn (A B A B ...) in one process; the median is printed, so a ratio
-holds when the machine's speed drifts. Peak memory is what a call needs beyond what was held before.
+Candidates of one table run in turn (A B A B ...) in one process; the median is printed, so a
+ratio holds when the machine's speed drifts. Peak memory is what a call needs beyond what was held.
 """
 import argparse
 import contextlib
@@ -70,7 +70,7 @@ def bench_model(argv):
     parser = flags_of("model")
     flag = parser.add_argument
     archs = ["vits14", "vitb14", "vitl14", "vitg14"] if cuda else ["vitt14", "vits14", "vitb14"]
-    flag("--archs", nargs="+", choices=vit.ARCHS, metavar="ARCH", help="architectures", default=archs)
+    flag("--archs", nargs="+", choices=vit.ARCHS, metavar="ARCH", default=archs, help="of these")
     flag("--batch", type=int, default=64 if cuda else 4,
          help="images of 224 px; the multi-crop batch holds as many frames")
     flag("--runs", type=int, default=20 if cuda else 5, help="timed calls of each candidate")
@@ -143,7 +143,7 @@ def bench_input(argv):
     flag = parser.add_argument
     flag("--frames", type=int, default=16, help="JPEG frames of each size")
     flag("--runs", type=int, default=7, help="timed passes over the frames of each candidate")
-    flag("--rate", type=int, default=700, help="images/s of the GPU to feed, one that trains ViT-B")
+    flag("--rate", type=int, default=700, help="images/s to feed: of a GPU that trains ViT-B")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)                             # as in a loader's worker
     rows, errors = [], []
@@ -170,8 +170,8 @@ def write_frames(folder, n, height, width):
     """n synthetic frames as JPEG files of that size; returns their mean bytes."""
     kinds = "colon cecum z-line retroflex-stomach mayo-0 mayo-2 mayo-3 pylorus".split()
     for i in range(n):
-        job = dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None], masks=None,
-                   video=False, size=256)
+        job = dict(seed=0, scope=1, kind=kinds[i % 8], patient=i, place=0, images=[None],
+                   masks=None, video=False, size=256)
         small = Image.fromarray(next(synthetic.frames_of(job))[0])
         frame = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
         # a sensor's noise: as many bytes to decode as real frames have
@@ -182,7 +182,7 @@ def write_frames(folder, n, height, width):
 
 
 def input_seconds(ours, runs):
-    """{pipeline: seconds of this core for all of the multi-crop's frames}, whatever else runs here."""
+    """{pipeline: seconds of this core for all the multi-crop's frames}, whatever else runs."""
     frames, n = ours.frames, len(ours.frames)
     keys, masks = [(0, i, 0, i) for i in range(n)], augment.BlockMasks((16, 16), n)
     exact, classical = augment.MultiCrop(frames, exact_decode=True), pil_multicrop()
@@ -200,8 +200,8 @@ def input_seconds(ours, runs):
 
 
 def reduced_error(multicrop):
-    """[factors by which the decoder reduces the frames; mean, 99 %, 99.9 % and maximum of what that
-    does to their crops, in grey levels]."""
+    """[factors by which the decoder reduces the frames; mean, 99 %, 99.9 % and maximum of what
+    that does to their crops, in grey levels]."""
     factors, differences = [], []
     for i in range(len(multicrop.frames)):
         with opened(multicrop.frames.path(i)) as image:
@@ -225,13 +225,13 @@ def reduced_error(multicrop):
 
 
 def pil_multicrop():
-    """path -> the ten crops of DINOv2's augmentation as executed, of torchvision's PIL transforms."""
+    """path -> the ten crops of DINOv2 as executed, composed of torchvision's PIL transforms."""
     def view(size, scale, *extra):
         return T.Compose([
             T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(0.2), *extra,
-            T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(0.2),
+            *extra, T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
     def blur(p):
         return T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=p)
@@ -266,14 +266,15 @@ VARIANTS = {  # name -> (flags of pretrain.py, ENDODINO_ATTENTION)
 
 @command
 def bench_step(argv):
-    """images/s of a pre-training step by number type, attention and compiler; its parts; its floor."""
+    """images/s of a training step by number type, attention and compiler; its parts, its floor."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         prog="bench.py step", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Further flags are those of pretrain.py, for every case.\n\ncases:\n"
                + "\n".join(f"  {letter}  {flags}" for letter, flags in CASES.items()))
     flag = parser.add_argument
-    flag("--cases", nargs="+", choices=CASES, metavar="LETTER", default=list("EFG" if cuda else "ABCD"),
+    flag("--cases", nargs="+", choices=CASES, metavar="LETTER",
+         default=list("EFG" if cuda else "ABCD"),
          help="rows of the list below (E F G on a GPU, else A B C D)")
     flag("--archs", nargs="+", metavar="ARCH", help="architectures, instead of the cases")
     flag("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
@@ -304,17 +305,17 @@ def step_tables(flags, variants, runs):
                      f"{floor * 1e3:.0f}", f"{s / floor:.1f}", f"{first[name]:.1f}",
                      f"{peak_bytes(trainers[name].step) / 2**30:.2f}"])
     crops = f"{run.global_size} px and {run.local_crops} x {run.local_size} px"
-    header = ["ms", "images/s", f"times {variants[0]}", "floor ms", "times the floor", "first step s",
-              "GiB beside the weights"]
+    header = ["ms", "images/s", f"times {variants[0]}", "floor ms", "times the floor",
+              "first step s", "GiB beside the weights"]
     table(f"A step of {run.arch}, B {run.batch}, crops of {crops}, K {run.prototypes:,}",
           ["", *header], rows)
-    rates = ", ".join(f"{short(dtype)} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in rates.items())
+    rates = ", ".join(f"{short(dtype)} {r / 1e12:.2f} TFLOP/s" for dtype, r in rates.items())
     print(f"\nFloor: the step's {flops / 1e9:.0f} GFLOP at the rate of large products, {rates}.")
     parts_table({name: trainer for name, trainer in trainers.items() if not trainer.run.compile})
 
 
 def parts_table(trainers):
-    """Milliseconds and share of each part of the trainers' steps; what the input costs beside them."""
+    """Milliseconds and share of each part of a step; what the input costs beside it."""
     if not trainers:
         return
     rows = [[part] for part in PARTS]
@@ -326,7 +327,7 @@ def parts_table(trainers):
           ["part", *(cell for name in trainers for cell in (f"{name}: ms", "share"))], rows)
     batches = trainer.batches()
     decode = seconds({"": lambda: next(batches)}, runs=3, clock=time.process_time)[""]
-    print(f"\nBeside the steps, workers decode and crop: {decode * 1e3:.0f} ms of one core a batch.")
+    print(f"\nBeside the steps workers decode and crop: {decode * 1e3:.0f} ms of a core a batch.")
 
 
 def product_rate(device, dtype):
@@ -358,7 +359,7 @@ class Trainer:
         self.raw = itertools.cycle([next(batches), next(batches)])
 
     def batches(self):
-        """What a loader's workers hand over: decoded, cropped, masked. Here this process does it."""
+        """What a loader's workers hand over: decoded, cropped, masked; here by this process."""
         return pretrain.make_batches(self.run, self.frames, 0, 0, 1, self.device)
 
     def input(self):
@@ -368,8 +369,8 @@ class Trainer:
 
     def step(self):
         with mock.patch.dict(os.environ, ENDODINO_ATTENTION=self.attention):
-            pretrain.train_step(self.model, self.optimizer, self.input(), self.now, self.run.clip,
-                                self.autocast)
+            pretrain.train_step(self.model, self.optimizer, self.input(), self.now,
+                                self.run.clip, self.autocast)
 
     def flops(self):
         """FLOP of the products of one step, attention's included."""
@@ -404,15 +405,16 @@ class Trainer:
 
 @contextlib.contextmanager
 def countable(device):
-    """FlopCounterMode sees every product: none in compiled code, none in the CPU's fused attention."""
+    """FlopCounterMode sees every product: none in compiled code or in the CPU's fused attention."""
     with torch.compiler.set_stance("force_eager"):
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
             yield
 
 
 LOSSES = "losses and targets"
-PARTS = {  # part -> its operators; and what runs in a range of its name, and the gradient of that
-    "matrix products": ("aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward"),
+PARTS = {  # part -> its operators; and what runs in a range of its name, and its gradient
+    "matrix products": (
+        "aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward"),
     "attention": (),
     "GELU": ("aten::gelu", "aten::gelu_backward"),
     "LayerNorm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
@@ -438,11 +440,11 @@ def named(part, fn):
 
 
 def split_by_part(events, weights, whole):
-    """{part: seconds} of a profile that took `whole` seconds, each operator without those it called.
+    """{part: seconds} of a profile of `whole` seconds, each operator without those it called.
 
-    weights: shapes. A cast of a tensor of such a shape is autocast's, of a weight or its gradient."""
+    weights: shapes. A cast of such a shape is autocast's, of a weight or its gradient."""
     by_operator = {name: part for part, names in PARTS.items() for name in names}
-    made_in = {}                                         # number of an autograd node -> its range
+    made_in = {}                                    # number of an autograd node -> its range
     parts, gpu = dict.fromkeys(PARTS, 0.0), torch.cuda.is_available()
     for event in sorted(events, key=lambda e: e.time_range.start):
         callers = [event]
@@ -452,7 +454,7 @@ def split_by_part(events, weights, whole):
         if callers[-1].name.startswith("autograd::engine"):
             part = made_in.get(callers[-1].sequence_nr)
         elif event.sequence_nr >= 0:
-            made_in[event.sequence_nr] = part            # the last to carry a number makes the node
+            made_in[event.sequence_nr] = part       # the last to carry a number makes the node
         if part is None:
             known = (by_operator[e.name] for e in reversed(callers) if e.name in by_operator)
             part = next(known, OTHER)
@@ -465,7 +467,7 @@ def split_by_part(events, weights, whole):
 
 @command
 def bench_cost(argv):
-    """FLOP per frame, GPU hours and bytes of a recipe on each architecture, counted on no device."""
+    """FLOP per frame, GPU hours and bytes of a recipe on each architecture, counted, not timed."""
     parser = flags_of("cost")
     flag = parser.add_argument
     flag("--archs", nargs="+", metavar="ARCH", help="architectures",
@@ -488,19 +490,19 @@ def bench_cost(argv):
           ["recipe", "architecture", "million parameters", "GFLOP per frame", "frames/s per GPU",
            "steps x frames", "hours", "GiB of state"], rows, device="counted, not timed")
     print("""
-Matrix products and attention of the teacher's forward pass and of the student's forward and backward
-pass. State: student, teacher, gradient and AdamW's two moments in float32, before --shard divides it;
-activations come on top. Traffic of the loss head and of the optimiser, decoding and communication are
-not in the hours.""")
+Matrix products and attention of the teacher's forward pass and of the student's forward and
+backward pass. State: student, teacher, gradient and AdamW's two moments in float32, before --shard
+divides it; activations come on top. Traffic of the loss head and of the optimiser, decoding and
+communication are not in the hours.""")
 
 
 def counted(run):
-    """(parameters of the student, FLOP of a step per frame) of pretrain.py's parsed flags. Shapes alone
-    are computed."""
+    """(parameters of the student, FLOP of a step per frame) of pretrain.py's parsed flags; shapes
+    alone are computed."""
     B, S, s, L = run.batch, run.global_size, run.local_size, run.local_crops
     masked = round(0.15 * 2 * B * (S // 14) ** 2)        # half of the global crops hide 30 %
-    shapes_alone = mock.patch("torch.nn.init.trunc_normal_"), FakeTensorMode()  # the first wants numbers
-    with shapes_alone[0], shapes_alone[1], FlopCounterMode(display=False) as counter:
+    numbers = mock.patch("torch.nn.init.trunc_normal_")  # the one function that would want some
+    with numbers, FakeTensorMode(), FlopCounterMode(display=False) as counter:
         backbone = vit.build_vit(run.arch, image_size=S, drop_path=run.drop_path)
         D = backbone.dim
         heads = [dino_loss.DINOHead(D, run.prototypes, bottleneck_dim=run.bottleneck),
@@ -546,7 +548,8 @@ def bench_probe(argv):
         with FlopCounterMode(display=False) as counter, countable(device):
             features(torch.float32)
         flops = counter.get_total_flops()
-        t = seconds({d: functools.partial(features, d) for d in (torch.float32, half)}, args.runs)
+        forms = {dtype: functools.partial(features, dtype) for dtype in (torch.float32, half)}
+        t = seconds(forms, args.runs)
         rows.append([arch, size, *(f"{B / s:.1f}" for s in t.values()),
                      f"{t[torch.float32] / t[half]:.2f}",
                      *(f"{flops / s / 1e12:.2f}" for s in t.values())])
@@ -557,7 +560,7 @@ def bench_probe(argv):
 
 @command
 def bench_live(argv):
-    """ms per frame of live use, stage by stage: decoding, backbone, each head, overlay; and whether 25 frames/s are kept."""
+    """ms per frame of live use, stage by stage, and whether 25 frames/s are kept."""
     cuda = torch.cuda.is_available()
     parser = flags_of("live")
     flag = parser.add_argument
@@ -565,26 +568,31 @@ def bench_live(argv):
          default=["vits14", "vitb14", "vitl14"] if cuda else ["vitt14", "vits14", "vitb14"])
     flag("--sizes", nargs="+", type=int, default=[224, 518] if cuda else [224, 336],
          help="sides in pixels of the square that the backbone sees")
-    flag("--frame", nargs=2, type=int, default=[576, 768], metavar=("H", "W"), help="pixels of a video's frame")
+    flag("--frame", nargs=2, type=int, default=[576, 768], metavar=("H", "W"),
+         help="pixels of a video's frame")
     flag("--batches", nargs="+", type=int, default=[1, 8], help="frames that wait for each other")
-    flag("--precisions", nargs="+", choices=tuple(vit.PRECISIONS), default=["fp32", "bf16"], help="number types")
+    flag("--precisions", nargs="+", choices=tuple(vit.PRECISIONS), default=["fp32", "bf16"],
+         help="number types")
     flag("--frames", type=int, default=200 if cuda else 40, help="frames timed in each row")
     args = parser.parse_args(argv)
     rows = []
-    for arch, size, precision, batch in itertools.product(args.archs, args.sizes, args.precisions, args.batches):
-        rows.append([arch, size, precision, batch, *live_row(args, arch, size, vit.PRECISIONS[precision], batch)])
+    for case in itertools.product(args.archs, args.sizes, args.precisions, args.batches):
+        rows.append([*case, *live_row(args, *case)])
     table(f"Live: three heads on frames of {args.frame[1]}x{args.frame[0]}, median ms per frame",
-          ["architecture", "pixels", "type", "batch", "decode", "squares", "backbone", "landmarks", "Mayo", "polyps",
-           "overlay", "latency", "95 %", "99 %", "frames/s", "frames/s, a pass per head", "25 a second"], rows)
+          ["architecture", "pixels", "type", "batch", "decode", "squares", "backbone", "landmarks",
+           "Mayo", "polyps", "overlay", "latency", "95 %", "99 %", "frames/s",
+           "frames/s, a pass per head", "25 a second"], rows)
 
 
-def live_row(args, arch, size, dtype, batch):
-    """Times of predict.py's own stages, with heads of random weights: what they say costs the same."""
+def live_row(args, arch, size, precision, batch):
+    """Times of predict.py's own stages; the heads' weights are random, which costs the same."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, frame = vit.build_vit(arch).to(device).eval().requires_grad_(False), smooth_noise(*args.frame)
+    dtype, frame = vit.PRECISIONS[precision], smooth_noise(*args.frame)
+    model = vit.build_vit(arch).to(device).eval().requires_grad_(False)
     loaded = random_heads(model, size)
     columns = predict.columns_of(loaded, 1)
-    labels = {key: column for column in columns for key in loaded if column.startswith(f"{key} label")}
+    labels = {key: column for column in columns for key in loaded
+              if column.startswith(f"{key} label")}
     jpeg = tempfile.NamedTemporaryFile(suffix=".jpg")
     frame.save(jpeg.name, quality=90)
     shared = predict.plan(loaded, None)
@@ -606,13 +614,15 @@ def live_row(args, arch, size, dtype, batch):
         if n < 0:  # a warm-up
             watch.laps, alone.laps = [], []
     stages = {stage: ms for stage, *ms in watch.table()}
-    passes = sum(statistics.median(lap[k] for _, lap in alone.laps) for k in ("squares", "backbone", *loaded)) / batch
+    each_pass = [statistics.median(lap[k] for _, lap in alone.laps)
+                 for k in ("squares", "backbone", *loaded)]
+    passes = sum(each_pass) / batch
     rest = sum(stages[k][0] for k in ("decode", "overlay")) / 1e3
     latency = stages.pop("latency")
     rate = batch / statistics.median(sum(lap.values()) for _, lap in watch.laps)
     order = ("decode", "squares", "backbone", *loaded, "overlay")
-    return [*(f"{stages[k][0]:.1f}" for k in order), *(f"{ms:.1f}" for ms in latency), f"{rate:.1f}",
-            f"{1 / (passes + rest):.1f}", "yes" if rate >= 25 else "no"]
+    cells = [*(stages[k][0] for k in order), *latency, rate, 1 / (passes + rest)]
+    return [*(f"{cell:.1f}" for cell in cells), "yes" if rate >= 25 else "no"]
 
 
 def smooth_noise(height, width):
@@ -622,17 +632,22 @@ def smooth_noise(height, width):
 
 
 def random_heads(model, size):
-    """{key: frozen.Head} of a landmark, a Mayo and a linear polyp head, all on stretched frames of one size."""
+    """{key: frozen.Head} of a landmark, a Mayo and a linear polyp head, all on stretched frames."""
     D, device, last = model.dim, model.pos_embed.device, (model.depth - 1,)
     scale = dict(mean=torch.zeros(2 * D), std=torch.ones(2 * D))
     networks = {
-        ("landmarks", "linear", 6): Softmax(1, True, **scale, weight=torch.randn(6, 2 * D), bias=torch.zeros(6)),
+        ("landmarks", "linear", 6): Softmax(1, True, **scale, weight=torch.randn(6, 2 * D),
+                                            bias=torch.zeros(6)),
         ("mes", "ordinal", 4): Ordinal(1, True, **scale, direction=torch.randn(2 * D).double(),
                                        thresholds=torch.tensor([-1.0, 0, 1]).double()),
         ("polyps", "linear", 1): LinearHead(D, 1)}
-    return {f"{task} {name}": frozen.Head(task, name, tuple(map(str, range(n))), size, "stretch", last, True, {}, {},
-                                          network.to(device).eval().requires_grad_(False))
-            for (task, name, n), network in networks.items()}
+    found = {}
+    for (task, name, n), network in networks.items():
+        network.to(device).eval().requires_grad_(False)
+        classes = tuple(map(str, range(n)))
+        found[f"{task} {name}"] = frozen.Head(
+            task, name, classes, size, "stretch", last, True, {}, {}, network)
+    return found
 
 
 @command
@@ -780,7 +795,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     lines = [f"{name}: {fn.__doc__.splitlines()[0]}" for name, fn in sorted(COMMANDS.items())]
     parser.add_argument("what", choices=sorted(COMMANDS), help="; ".join(lines))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its flags (WHAT --help shows them)")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its flags (WHAT --help lists them)")
     args = parser.parse_args(argv)
     COMMANDS[args.what](args.rest)
 

@@ -71,7 +71,7 @@ def test_candidates_run_in_turn():
 
 
 def test_step_prints_a_row_per_variant(trainer, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "product_rate", lambda device, dtype: 1e10)
+    monkeypatch.setattr(bench, "product_rate", lambda device, dtype, clock: 1e10)
     variants = ["--variants", "float32", "bf16"]
     bench.main(["step", "--archs", "tiny", "--runs", "1", *variants, *SMALL[2:]])
     out = capsys.readouterr().out

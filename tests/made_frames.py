@@ -7,15 +7,18 @@ from PIL import Image
 def picture(seed, height=120, width=150):
     """A PIL frame with structure at every scale, as an endoscope's has."""
     rng = np.random.default_rng(seed)
-    grids = [Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (3, 12, 48)]
-    layers = [np.asarray(grid.resize((width, height), Image.BICUBIC), np.float32) for grid in grids]
-    return Image.fromarray((0.5 * layers[0] + 0.3 * layers[1] + 0.2 * layers[2]).clip(0, 255).astype(np.uint8))
+    grids = [rng.integers(0, 256, (n, n, 3), dtype=np.uint8) for n in (3, 12, 48)]
+    layers = [np.asarray(Image.fromarray(grid).resize((width, height), Image.BICUBIC), np.float32)
+              for grid in grids]
+    mixed = 0.5 * layers[0] + 0.3 * layers[1] + 0.2 * layers[2]
+    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
 def save(path, image=None, **options):
     """Write an image, by default a tiny one that the path's name determines, and its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = image or Image.new("RGB", (16, 12), tuple(np.frombuffer(path.stem.encode().rjust(3), np.uint8)[-3:].tolist()))
+    colour = tuple(path.stem.encode().rjust(3)[-3:])
+    image = image or Image.new("RGB", (16, 12), colour)
     image.save(path, **options)
     return path
 

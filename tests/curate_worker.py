@@ -1,6 +1,6 @@
 """Runs curate.py in several processes of this machine, as torchrun does, but forked: torch is imported once.
 
-    python tests/curate_worker.py plan.json      [[processes, [module, function] or null, [curate's arguments]], ...]
+    python tests/curate_worker.py plan.json      [[processes, [module, function] or null, [flags]], ...]
 
 The named function kills the last process at its second call, or at its first if it is called once.
 Prints one line per run: "done" or "killed".

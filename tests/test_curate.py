@@ -1,4 +1,4 @@
-"""Curation on small synthetic frames: planted faults, duplicates and imbalance, kills, k-means, shares, edge cases."""
+"""Curation on small synthetic frames: planted faults, duplicates, imbalance, kills, processes, damage."""
 import csv
 import json
 import os
@@ -19,13 +19,15 @@ import data
 import images
 import synthetic
 import vit
+from test_clusters import blobs
 
 SIZE = 128
 
 
 def scene(kind, patient, n=1):
     """n frames of one patient at one place, as PIL images."""
-    job = dict(kind=kind, patient=patient, place=0, images=[None] * n, masks=None, scope=1, video=n > 1, seed=11, size=SIZE)
+    job = dict(kind=kind, patient=patient, place=0, images=[None] * n, masks=None, scope=1,
+               video=n > 1, seed=11, size=SIZE)
     return [Image.fromarray(image) for image, _ in synthetic.frames_of(job)]
 
 
@@ -34,7 +36,8 @@ def scenes():
     """16 frames of different patients: eight of retroflex-stomach, then eight of pylorus."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = [scene(kind, 20 * c + p)[0] for c, kind in enumerate(("retroflex-stomach", "pylorus")) for p in range(8)]
+    kinds = enumerate(("retroflex-stomach", "pylorus"))
+    made = [scene(kind, 20 * c + p)[0] for c, kind in kinds for p in range(8)]
     torch.set_num_threads(threads)
     return made
 
@@ -52,7 +55,8 @@ def overexposed(image, rng):
 
 
 def outside(image, rng):
-    return Image.fromarray(np.full((SIZE, SIZE, 3), rng.integers(90, 160), np.uint8) + rng.integers(0, 8, (SIZE, SIZE, 1), dtype=np.uint8))
+    grey = np.full((SIZE, SIZE, 3), rng.integers(90, 160), np.uint8)
+    return Image.fromarray(grey + rng.integers(0, 8, (SIZE, SIZE, 1), dtype=np.uint8))
 
 
 FAULTS = {"dark": black, "sharp": blurred, "glare": overexposed, "tissue": outside}
@@ -60,7 +64,8 @@ FAULTS = {"dark": black, "sharp": blurred, "glare": overexposed, "tissue": outsi
 
 @pytest.fixture(scope="session")
 def planted(scenes, tmp_path_factory):
-    """A folder of four videos: 16 good frames, of each a copy saved anew, and one of each fault; one file that is no image."""
+    """A folder of four videos: 16 good frames, of each a copy saved anew, and one of each fault; one
+    file that is no image."""
     root, rng = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
     for i, image in enumerate(scenes):
         folder = root / f"video{i % 4}"
@@ -71,6 +76,10 @@ def planted(scenes, tmp_path_factory):
             fault(image, rng).save(folder / f"{i:02d}_{name}.jpg", quality=90)
     (root / "video0" / "broken.jpg").write_bytes(b"no image")
     return root
+
+
+def manifest(out):
+    return (out / "manifest.csv").read_bytes()
 
 
 def run(root, out, *flags):
@@ -84,10 +93,11 @@ def test_planted_faults_and_duplicates_go_and_good_frames_stay(planted, tmp_path
     report, rows = run(planted, tmp_path, "--target", 1000, "--per-video", 1000)
     stems = [os.path.basename(row["path"])[:-4] for row in rows]
     assert not [s for s in stems if any(s.endswith(f"_{fault}") for fault in FAULTS)]
-    assert sorted(s[:2] for s in stems) == [f"{i:02d}" for i in range(16)]  # of each scene one of the two copies
+    assert sorted(s[:2] for s in stems) == [f"{i:02d}" for i in range(16)]  # one of two copies
     dropped = report["dropped"]
-    assert sum(dropped[fault] for fault in curate.QUALITY) == 16 * len(FAULTS) and dropped["near-duplicate"] == 16
-    assert dropped["unreadable"] == 1 and dropped["dark"] == dropped["glare"] == dropped["sharp"] == 16
+    assert sum(dropped[fault] for fault in curate.QUALITY) == 16 * len(FAULTS)
+    assert dropped["dark"] == dropped["glare"] == dropped["sharp"] == dropped["near-duplicate"] == 16
+    assert dropped["unreadable"] == 1
     assert len(data.Frames(tmp_path / "manifest.csv")) == 16
     assert all(os.path.isfile(tmp_path / row["path"]) for row in rows)
     written = json.loads((tmp_path / "report.json").read_text())
@@ -103,16 +113,19 @@ def test_a_threshold_given_by_flag_counts(planted, tmp_path):
 
 def test_the_sharpest_of_neighbours_stays_and_other_videos_do_not_count():
     x = F.normalize(torch.tensor([[1, 0, 0], [1, .1, 0], [0, 1, 0], [1, 0, .05], [1, 0, 0]]), dim=1)
-    drop = curate.duplicates(x, np.array([0, 0, 0, 0, 1]), np.array([1., 3., 1., 2., 0.]), 0.95)
+    video = np.array([0, 0, 0, 0, 1])
+    drop = curate.duplicates(x, video, np.array([1., 3., 1., 2., 0.]), 0.95)
     assert drop.tolist() == [True, False, False, True, False]
-    assert curate.duplicates(x, np.array([0, 0, 0, 0, 1]), np.ones(5), 0.95, window=1).tolist() == [False, True, False, False, False]
+    drop = curate.duplicates(x, video, np.ones(5), 0.95, window=1)
+    assert drop.tolist() == [False, True, False, False, False]
 
 
 def clip(kind, patient, seconds):
     """The frames that a video of one landmark shows at these times, as PIL images."""
     key = (11, 1, patient)
     look, rng = synthetic.appearance(synthetic.generator(*key)), synthetic.generator(*key, kind, 0)
-    maps, s, path = synthetic.skin(rng, SIZE * 3 // 2), synthetic.anatomy(kind, rng), int(rng.integers(2 ** 31))
+    maps, s = synthetic.skin(rng, SIZE * 3 // 2), synthetic.anatomy(kind, rng)
+    path = int(rng.integers(2 ** 31))
     for t in seconds:
         view = synthetic.camera(s, synthetic.generator(path), t)
         yield Image.fromarray(synthetic.render(s, look, maps, *view, rng, SIZE)[0])
@@ -120,9 +133,11 @@ def clip(kind, patient, seconds):
 
 @pytest.mark.parametrize("common, rare", (("retroflex-stomach", "pylorus"), ("cecum", "z-line")))
 def test_landmarks_at_50_to_1_come_out_within_2_to_1(common, rare, tmp_path):
-    """Eight videos in which the camera dwells on one landmark, 50 frames each in two seconds, and eight with one frame of another."""
+    """Eight videos in which the camera dwells on one landmark, 50 frames each in two seconds, and eight
+    with one frame of another."""
     for i in range(8):
-        for name, kind, patient, seconds in (("common", common, i, np.arange(50) / 25), ("rare", rare, 20 + i, [0])):
+        for name, kind, patient, seconds in (("common", common, i, np.arange(50) / 25),
+                                             ("rare", rare, 20 + i, [0])):
             folder = tmp_path / "frames" / f"{name}{i}"
             folder.mkdir(parents=True)
             for j, image in enumerate(clip(kind, patient, seconds)):
@@ -134,21 +149,24 @@ def test_landmarks_at_50_to_1_come_out_within_2_to_1(common, rare, tmp_path):
 
 @pytest.fixture(scope="session")
 def rare_of_12(scenes, tmp_path_factory):
-    """How many of 12 chosen frames show the rare landmark, when one in 51 does: both are seen in eight patients, but each view of the
-    common one recurs 50 times, turned, dimmed and in other videos, where no near-duplicate is looked for."""
+    """How many of 12 chosen frames show the rare landmark, when one in 51 does: both are seen in eight
+    patients, but each view of the common one recurs 50 times, turned, dimmed and in other videos,
+    where no near-duplicate is looked for."""
     root, rng = tmp_path_factory.mktemp("imbalance"), np.random.default_rng(0)
     for i, image in enumerate(scenes):
         for j in range(50 if i < 8 else 1):
             folder = root / "frames" / (f"common{j:02d}" if i < 8 else "rare")
             folder.mkdir(parents=True, exist_ok=True)
-            varied = ImageEnhance.Brightness(image.rotate(rng.uniform(-10, 10))).enhance(rng.uniform(.85, 1.15))
+            turned = image.rotate(rng.uniform(-10, 10))
+            varied = ImageEnhance.Brightness(turned).enhance(rng.uniform(.85, 1.15))
             varied.save(folder / f"{i:02d}.jpg", quality=90)
     _, rows = run(root / "frames", root / "out", "--target", 12)
     assert len(rows) == 12
     return sum(row["video"] == "rare" for row in rows)
 
 
-@pytest.mark.xfail(reason="not reached with the untrained descriptor: it groups frames by their look more than by their landmark")
+@pytest.mark.xfail(reason="not reached with the untrained descriptor: it groups frames by their look "
+                          "more than by their landmark")
 def test_50_to_1_in_other_videos_comes_out_within_2_to_1(rare_of_12):
     assert 4 <= rare_of_12 <= 8, rare_of_12
 
@@ -157,29 +175,21 @@ def test_a_rare_landmark_gets_several_times_its_share(rare_of_12):
     assert rare_of_12 / 12 > 4 / 51
 
 
-def test_concepts_at_50_to_1_come_out_even_where_the_embedding_tells_them_apart():
-    """The hierarchy and the sampling alone; the top level has as many clusters as there are concepts."""
-    g = torch.Generator().manual_seed(0)
-    middles = torch.randn(2, 32, generator=g)
-    x = F.normalize(middles[[0] * 250 + [1] * 5] + 0.3 * torch.randn(255, 32, generator=g), dim=1)
-    tree = clusters.hierarchy(x, [127, 31, 7, 2], 0, 3, lambda name, compute: compute())
-    chosen = clusters.balanced_sample(tree, np.arange(255), 10, np.random.default_rng(0))
-    assert (chosen >= 250).sum() == 5
-
-
 def test_excluded_frames_and_what_resembles_them_are_never_chosen(scenes, planted, tmp_path):
     test = tmp_path / "test"
     test.mkdir()
     for i in (3, 9):
         scenes[i].resize((200, 160)).save(test / f"t{i}.png")
     (tmp_path / "list.txt").write_text(str(planted / "video2" / "06.jpg") + "\n")
-    report, rows = run(planted, tmp_path / "out", "--target", 100, "--exclude", test, "--exclude", tmp_path / "list.txt")
-    assert sorted(int(os.path.basename(row["path"])[:2]) for row in rows) == [i for i in range(16) if i not in (3, 6, 9)]
+    report, rows = run(planted, tmp_path / "out", "--target", 100, "--exclude", test,
+                       "--exclude", tmp_path / "list.txt")
+    kept = sorted(int(os.path.basename(row["path"])[:2]) for row in rows)
+    assert kept == [i for i in range(16) if i not in (3, 6, 9)]
     assert report["dropped"]["excluded"] == 6  # and their copies
 
 
-STAGES = (("curate", "quality"), ("curate", "descriptor"), ("curate", "duplicates"), ("clusters", "kmeans"),
-          ("curate", "balanced_sample"), ("curate", "write_manifest"))
+STAGES = (("curate", "quality"), ("curate", "descriptor"), ("curate", "duplicates"),
+          ("clusters", "kmeans"), ("curate", "balanced_sample"), ("curate", "write_manifest"))
 
 
 def test_the_result_is_the_same_after_a_kill_in_any_stage(planted, tmp_path, monkeypatch):
@@ -191,7 +201,7 @@ def test_the_result_is_the_same_after_a_kill_in_any_stage(planted, tmp_path, mon
 
         def dies(*args, **kwargs):
             calls.append(1)
-            if len(calls) == 2 or name not in ("quality", "descriptor"):  # within the passes over the images, else at once
+            if len(calls) == 2 or name not in ("quality", "descriptor"):  # within a pass, else at once
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
@@ -210,8 +220,16 @@ def test_another_seed_in_a_used_folder_gives_what_it_gives_in_a_fresh_one(plante
     monkeypatch.setattr(curate, "SAMPLE", 8)  # the moments then depend on the seed
     for folder, seed in (("used", 0), ("used", 1), ("fresh", 1)):
         run(planted, tmp_path / folder, "--target", 8, "--seed", seed, "--duplicate", 0.5)
-    assert (tmp_path / "used/manifest.csv").read_bytes() == (tmp_path / "fresh/manifest.csv").read_bytes()
+    assert manifest(tmp_path / "used") == manifest(tmp_path / "fresh")
     assert len(list((tmp_path / "used/work").glob("duplicates-*"))) == 2
+
+
+def test_what_resembles_is_found_whatever_the_products_are_computed_in():
+    x, others = blobs(500), blobs(20, seed=1)
+    cosines = (x.double() @ others.double().T).amax(1)
+    threshold = cosines.sort().values[400].item()
+    assert curate.resembling(x, others, threshold).sum() == 100
+    assert np.array_equal(curate.resembling(x, others, threshold), cosines >= threshold)
 
 
 def test_no_stage_reads_more_than_a_chunk_of_the_embeddings(monkeypatch):
@@ -237,28 +255,29 @@ def processes(plan, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(plan, default=str))
     worker = os.path.join(os.path.dirname(__file__), "curate_worker.py")
     root = os.path.dirname(os.path.abspath(curate.__file__))
-    result = subprocess.run([sys.executable, worker, tmp_path / "plan.json"], capture_output=True, text=True, env=os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root})
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
+    result = subprocess.run([sys.executable, worker, tmp_path / "plan.json"], env=one_thread,
+                            capture_output=True, text=True)
     words = [line for line in result.stdout.splitlines() if line in ("done", "killed")]
     assert result.returncode == 0 and len(words) == len(plan), result.stderr
     return words, result.stderr
 
 
-def test_one_two_and_three_processes_give_one_manifest_after_kills_in_every_stage_too(planted, scenes, tmp_path):
-    """Three processes are killed in each stage in turn and two go on, as one would: what is done is not lost."""
+def test_one_two_and_three_processes_give_one_manifest(planted, scenes, tmp_path):
+    """So do three that are killed in each stage in turn, after which two go on."""
     scenes[3].save(tmp_path / "3.png")
     (tmp_path / "excluded.txt").write_text(str(tmp_path / "3.png") + "\n")
-    flags = ["--data", planted, "--target", "8", "--workers", "0", "--device", "cpu", "--exclude", tmp_path / "excluded.txt",
-             "--clusters", "8", "4", "--duplicate", "0.97"]  # below 4 frames to a leaf, then below it too
-    parallel = (*STAGES[:3], ("curate", "resembling"), ("clusters", "kmeans"), ("clusters", "assign"))
+    flags = ["--data", planted, "--target", "8", "--workers", "0", "--device", "cpu",
+             "--exclude", tmp_path / "excluded.txt", "--clusters", "8", "4", "--duplicate", "0.97"]
+    parallel = (*STAGES[:3], ("curate", "resembling"), STAGES[3], ("clusters", "assign"))
     plan = [(n, None, [*flags, "--out", tmp_path / str(n)]) for n in (1, 2, 3)]
     plan += [(3, stage, [*flags, "--out", tmp_path / "killed"]) for stage in parallel]
     plan += [(2, None, [*flags, "--out", tmp_path / "killed"])]
     assert processes(plan, tmp_path)[0] == ["done"] * 3 + ["killed"] * 6 + ["done"]
-    one = (tmp_path / "1" / "manifest.csv").read_bytes()
+    one = manifest(tmp_path / "1")
     assert len(one.splitlines()) == 9
     for other in ("2", "3", "killed"):
-        assert (tmp_path / other / "manifest.csv").read_bytes() == one, other
+        assert manifest(tmp_path / other) == one, other
 
 
 def test_three_processes_end_with_one_sentence(planted, tmp_path):
@@ -267,76 +286,19 @@ def test_three_processes_end_with_one_sentence(planted, tmp_path):
                              [3, None, ["--data", planted, "--dark", "2", "3", *flags]],
                              [3, None, ["--data", planted, "--clusters", "99", *flags]]], tmp_path)
     assert words == ["killed"] * 3 and "Traceback" not in said.partition("nowhere")[0]
-    assert [said.count(s) for s in ("nowhere: no such folder", "passes the quality filters", "99 clusters asked")] == [1] * 3
+    for sentence in ("nowhere: no such folder", "passes the quality filters", "99 clusters asked"):
+        assert said.count(sentence) == 1
 
 
 def test_torchrun_starts_several_processes(planted, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(20000 + os.getpid() % 20000), curate.__file__, "--workers", "0", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run([*command, "--data", planted, "--target", "8", "--out", tmp_path / "out"], env=environment,
-                           capture_output=True, text=True)
+    command += ["--data", planted, "--target", "8", "--out", tmp_path / "out"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.count("8 chosen from") == 1, found.stderr
     run(planted, tmp_path / "one", "--target", "8")
-    assert (tmp_path / "one" / "manifest.csv").read_bytes() == (tmp_path / "out" / "manifest.csv").read_bytes()
-
-
-def blobs(n=600, k=8, dim=16, seed=0):
-    rng = np.random.default_rng(seed)
-    middles = rng.standard_normal((k, dim))
-    return F.normalize(torch.from_numpy(middles[rng.integers(k, size=n)] + 0.6 * rng.standard_normal((n, dim))).float(), dim=1)
-
-
-def lloyd(x, k, rng):
-    """Inertia of the textbook's spherical Lloyd from k random rows."""
-    centres = x[rng.permutation(len(x))[:k]]
-    for _ in range(100):
-        label = (x @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, label, x)
-        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
-    return 1 - (x @ centres.T).amax(1).mean().item()
-
-
-@pytest.mark.parametrize("k", [3, 8, 30])
-def test_kmeans_is_as_good_as_the_best_of_ten_lloyd_runs(k):
-    x, rng = blobs(), np.random.default_rng(1)
-    best = min(lloyd(x, k, rng) for _ in range(10))
-    centres, labels, cosines = clusters.kmeans(x, k)
-    assert 1 - cosines.mean() <= 1.02 * best
-    assert torch.equal((x @ centres.T).argmax(1), torch.from_numpy(labels)) and len(set(labels)) == k
-
-
-def test_kmeans_repeats_and_does_not_depend_on_the_chunks(monkeypatch):
-    x = blobs()
-    first = clusters.kmeans(x, 8, seed=3)
-    monkeypatch.setattr(clusters, "CHUNK", 64 * 50)
-    second = clusters.kmeans(x, 8, seed=3)
-    assert np.array_equal(first[1], second[1]) and torch.allclose(first[0], second[0], atol=1e-6)
-
-
-def test_an_empty_cluster_restarts_and_identical_frames_are_no_trouble():
-    x = F.normalize(torch.tensor([[1., 0], [1, 0], [1, 0], [0, 1]]), dim=1)
-    assert clusters.kmeans(x, 2)[2].min() > 0.999
-    clusters.kmeans(x, 4)
-
-
-def test_equal_shares():
-    rng = np.random.default_rng(0)
-    assert clusters.equal_shares(10, np.array([1, 100, 2, 50]), rng).sum() == 10
-    assert clusters.equal_shares(9, np.array([1, 100, 2, 50]), rng).tolist() == [1, 3, 2, 3]
-    assert clusters.equal_shares(999, np.array([1, 5]), rng).tolist() == [1, 5]
-    for _ in range(200):
-        sizes, n = rng.integers(0, 9, 7), int(rng.integers(0, 40))
-        shares = clusters.equal_shares(n, sizes, rng)
-        assert shares.sum() == min(n, sizes.sum()) and (shares <= sizes).all() and (shares >= 0).all()
-        assert shares.max(initial=0) - shares[shares < sizes].min(initial=99) <= 1  # nobody with room is two behind
-
-
-def test_sampling_goes_down_the_hierarchy():
-    tree = [np.repeat([0, 1, 2], [90, 9, 3]), np.array([0, 0, 1])]  # two leaves under the first top cluster, one under the second
-    chosen = clusters.balanced_sample(tree, np.arange(102), 6, np.random.default_rng(0))
-    counts = np.bincount(tree[0][chosen], minlength=3)
-    assert counts[2] == 3 and sorted(counts[:2]) == [1, 2]
+    assert manifest(tmp_path / "one") == manifest(tmp_path / "out")
 
 
 def test_the_cap_per_video_holds(planted, tmp_path):
@@ -374,98 +336,13 @@ def test_the_descriptor_does_not_see_a_roll(scenes):
     assert (a - c).norm() < 0.05 * (a - b).norm() and (b - d).norm() < 0.05 * (a - b).norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# k-means at scale
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_labels_of_fast_products_are_those_of_float32(dtype):
-    """Frames between two centres that bfloat16 cannot tell apart, and centres that are equal: of these the first."""
-    rng = np.random.default_rng(0)
-    centres = blobs(300, 40, 64)
-    centres[100:200] = F.normalize(centres[:100] + 1e-3 * torch.from_numpy(rng.standard_normal((100, 64))).float(), dim=1)
-    centres[299] = centres[250]
-    x = torch.cat([blobs(2000, 40, 64, seed=1), centres[[250]], F.normalize(centres[:100] + centres[100:200], dim=1)])
-    labels, cosines, sums = clusters.assign(x, centres, dtype=dtype)
-    products = x.double() @ centres.double().T
-    assert np.array_equal(labels, products.argmax(1)) and labels[2000] == 250
-    assert np.array_equal(labels[:2000], (x @ centres.T).argmax(1)[:2000])
-    assert np.abs(cosines - products.amax(1).numpy()).max() < 1e-7
-    expected = torch.zeros(300, 64, dtype=torch.int64).index_add_(0, torch.from_numpy(labels), (x * 2 ** 24).long())
-    assert torch.equal(sums, expected)
-    rounded = (x.to(dtype) @ centres.to(dtype).T).argmax(1).numpy()
-    assert dtype != torch.bfloat16 or (rounded != labels).sum() > 20  # the products alone would be wrong
-
-
-def test_what_resembles_is_found_whatever_the_products_are_computed_in():
-    x, others = blobs(500), blobs(20, seed=1)
-    cosines = (x.double() @ others.double().T).amax(1)
-    threshold = cosines.sort().values[400].item()
-    assert curate.resembling(x, others, threshold).sum() == 100
-    assert np.array_equal(curate.resembling(x, others, threshold), cosines >= threshold)
-
-
-def test_kmeans_stops_when_no_label_changes(monkeypatch):
-    passes = []
-    real = clusters.assign
-    monkeypatch.setattr(clusters, "assign", lambda *args, **kwargs: passes.append(real(*args, **kwargs)) or passes[-1])
-    x = blobs(40, 4, 8)
-    clusters.lloyd(x, x[:4].clone(), tolerance=-1)  # of tolerance -1 it never has enough
-    labels = [labels for labels, _, _ in passes]
-    assert len(labels) < 50 and np.array_equal(labels[-1], labels[-2])
-    assert not any(np.array_equal(a, b) for a, b in zip(labels[:-2], labels[1:-1]))
-
-
-@pytest.mark.parametrize("leaves", (700, 1450))  # with and without k-means in its rounds of resampling
-def test_a_long_kmeans_goes_on_from_its_last_pass(tmp_path, monkeypatch, leaves):
-    """Killed in one pass of five, of the resampling too, it ends as if it had never been."""
-    x, save, rng = blobs(2900, 30, 8), lambda name, compute: compute(), np.random.default_rng(0)
-    whole, = clusters.hierarchy(x, [leaves], 0, 2, save)
-    monkeypatch.setattr(clusters, "LONG", 0)
-    seeded, real, killed = [], {name: getattr(clusters, name) for name in ("assign", "first_centres")}, 0
-
-    def dies(*args, **kwargs):
-        if rng.random() < 0.2:
-            raise KeyboardInterrupt
-        return real["assign"](*args, **kwargs)
-
-    monkeypatch.setattr(clusters, "assign", dies)
-    monkeypatch.setattr(clusters, "first_centres", lambda *args: seeded.append(1) or real["first_centres"](*args))
-    while True:
-        try:
-            tree, = clusters.hierarchy(x, [leaves], 0, 2, save, lambda name: tmp_path / f"{name}.npz")
-            break
-        except KeyboardInterrupt:
-            killed += 1
-    assert killed > 1 and len(seeded) == (3 if leaves == 700 else 1)
-    assert np.array_equal(tree, whole) and not list(tmp_path.iterdir())
-
-
-def partition(labels):
-    return {tuple(np.flatnonzero(labels == k)) for k in np.unique(labels)}
-
-
-def test_one_member_for_each_leaf_makes_further_rounds_needless():
-    """What `cluster` leaves out, done: a second and a third round of k-means, which move nothing."""
-    x, k = blobs(150, 8, 16), 60
-    centres, labels, cosines = clusters.kmeans(x, k, seed=5)
-    rounds = [partition(labels)]
-    for r in range(3):
-        near = clusters.nearest(labels, cosines, 1)
-        centres = clusters.kmeans(x[near], k, seed=6 + r)[0]
-        labels, cosines, _ = clusters.assign(x, centres)
-        rounds.append(partition(labels))
-    assert rounds[0] != rounds[1] == rounds[2] == rounds[3]
-    assert partition(clusters.cluster(x, k, 5, 3)["labels"]) == rounds[1]
-    assert partition(clusters.cluster(x, k, 5, 0)["labels"]) == rounds[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # Disks, files and names as they are
 
 def test_damaged_work_files_are_computed_again_and_named(planted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curate, "BATCH", 16)
     run(planted, tmp_path / "whole", "--target", 8)
-    whole = (tmp_path / "whole" / "manifest.csv").read_bytes()
+    whole = manifest(tmp_path / "whole")
 
     def damage(pattern, change):
         path, = [p for p in (tmp_path / "whole" / "work").glob(pattern) if "crc" not in p.name]
@@ -473,7 +350,7 @@ def test_damaged_work_files_are_computed_again_and_named(planted, tmp_path, monk
         path.write_bytes(change(content))
         capsys.readouterr()
         run(planted, tmp_path / "whole", "--target", 8)
-        assert (tmp_path / "whole" / "manifest.csv").read_bytes() == whole
+        assert manifest(tmp_path / "whole") == whole
         return path.name in capsys.readouterr().out
 
     def zeros(content):
@@ -490,7 +367,7 @@ def test_damaged_work_files_are_computed_again_and_named(planted, tmp_path, monk
 
 
 def test_a_failing_disk_is_no_bad_frame(planted, tmp_path, monkeypatch):
-    """Six failed opens were six missing frames for ever: now the run ends, nothing is marked, and it goes on."""
+    """Six failed opens were six missing frames for ever: now the run ends and later goes on."""
     monkeypatch.setattr(curate, "BATCH", 16)
     monkeypatch.setattr(images, "PAUSE", 0)
     run(planted, tmp_path / "whole", "--target", 8)
@@ -508,7 +385,7 @@ def test_a_failing_disk_is_no_bad_frame(planted, tmp_path, monkeypatch):
             run(planted, tmp_path / "out", "--target", 8)
     assert len(failures) == 3
     run(planted, tmp_path / "out", "--target", 8)
-    assert (tmp_path / "out" / "manifest.csv").read_bytes() == (tmp_path / "whole" / "manifest.csv").read_bytes()
+    assert manifest(tmp_path / "out") == manifest(tmp_path / "whole")
 
 
 def test_an_out_that_cannot_be_written_is_found_before_any_work(planted, tmp_path, monkeypatch):
@@ -516,7 +393,11 @@ def test_an_out_that_cannot_be_written_is_found_before_any_work(planted, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="--out .*file: cannot be written .*; name another folder"):
         run(planted, tmp_path / "file")
-    monkeypatch.setattr(curate.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(curate.tempfile, "TemporaryFile", read_only)
     with pytest.raises(SystemExit, match="cannot be written .Read-only file system.; name another folder"):
         run(planted, tmp_path / "out")
 
@@ -533,9 +414,10 @@ def test_names_that_are_no_utf8_come_through(scenes, tmp_path):
     folder.mkdir(parents=True)
     for i in range(4):
         scenes[4 * i].save(folder / os.fsdecode(b"\xff%d.jpg" % i))
-    curate.main(["--data", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "0", "--target", "2"])
+    flags = ["--workers", "0", "--target", "2"]
+    curate.main(["--data", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *flags])
     frames = data.Frames(tmp_path / "out" / "manifest.csv")
-    assert len(frames) == 2 and all(data.read_image(frames.path(i)).size == (SIZE, SIZE) for i in range(2))
+    assert [data.read_image(frames.path(i)).size for i in range(len(frames))] == [(SIZE, SIZE)] * 2
 
 
 def test_a_checkpoint_without_numbers_is_refused_before_any_work(planted, tmp_path, monkeypatch):
@@ -551,10 +433,12 @@ def test_precision_is_that_of_the_backbone(planted, tmp_path, monkeypatch):
     model, seen = vit.build_vit("vitt14", image_size=28), []
     vit.save_backbone(tmp_path / "tiny.pt", model, "vitt14")
     real = vit.autocast
-    monkeypatch.setattr(vit, "autocast", lambda device, dtype: seen.append(dtype) or real(device, dtype))
-    monkeypatch.setattr(data, "eval_image", lambda path: curate.thumbnail(path).float()[:, :28, :28] / 255)
+    small = lambda path: curate.thumbnail(path).float()[:, :28, :28] / 255
+    monkeypatch.setattr(vit, "autocast", lambda *how: seen.append(how[1]) or real(*how))
+    monkeypatch.setattr(data, "eval_image", small)
     for name in ("fp32", "bf16"):
-        report, rows = run(planted, tmp_path / "out", "--checkpoint", tmp_path / "tiny.pt", "--precision", name)
+        flags = ("--checkpoint", tmp_path / "tiny.pt", "--precision", name)
+        _, rows = run(planted, tmp_path / "out", *flags)
         assert rows and set(seen) == {vit.PRECISIONS[name]}
         seen.clear()
 
@@ -565,7 +449,7 @@ def test_the_video_of_an_excluded_frame_goes_with_it_when_asked(scenes, planted,
     (tmp_path / "list.txt").write_text(str(tmp_path / "t.png") + "\n")
     _, kept = run(planted, tmp_path / "out", *flags, "--no-exclude-videos")
     words = capsys.readouterr().out
-    assert "2 frames of 1 videos resemble one of its images; 3 other good frames of these videos are kept" in words
+    assert "2 frames of 1 videos resemble one of its images; 3 other good frames" in words
     _, rows = run(planted, tmp_path / "out", *flags, "--exclude-videos")
     assert {row["video"] for row in kept} == {f"video{i}" for i in range(4)}
     assert {row["video"] for row in rows} == {"video0", "video1", "video2"}
@@ -580,11 +464,11 @@ def test_frames_in_shards_give_the_manifest_of_their_folders(planted, tmp_path):
     _, plain = run(planted, tmp_path / "plain", "--target", 8)
     _, packed = run(tmp_path / "packed", tmp_path / "out", "--target", 8)
     for row in plain:
-        row["path"] = row["path"].replace(os.path.relpath(planted, tmp_path / "plain"), "../packed").replace("/", ".tar/").replace(
-            "...tar/packed.tar/", "../packed/")
+        row["path"] = f"../packed/{row['video']}.tar/{os.path.basename(row['path'])}"
         row["video"] += ".tar"
     assert plain == packed
-    assert data.read_image(data.Frames(tmp_path / "out" / "manifest.csv").path(0)).size == (SIZE, SIZE)
+    frames = data.Frames(tmp_path / "out" / "manifest.csv")
+    assert data.read_image(frames.path(0)).size == (SIZE, SIZE)
     shard = tmp_path / "packed" / "video2.tar"
     shard.write_bytes(shard.read_bytes()[:-30000])
     with pytest.raises(SystemExit, match="video2.tar: cut short"):
@@ -593,8 +477,8 @@ def test_frames_in_shards_give_the_manifest_of_their_folders(planted, tmp_path):
 
 def test_bench_counts_what_ten_million_frames_take(capsys):
     bench.main(["curate", "--rows", "3000", "--frames", "8", "--workers", "0"])
-    rows = {cells[1].strip(): cells[2:] for cells in map(lambda line: line.split("|"), capsys.readouterr().out.splitlines())
-            if len(cells) == 8}
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    rows = {cells[1].strip(): cells[2:] for cells in lines if len(cells) == 8}
     read, flop, _, hours, _, _ = rows["a pass of k-means"]
-    assert float(read) == 9 and float(flop) == 864 and float(hours) > 0  # 2 bytes, 2 * 1e7 * 1e5 FLOP, of 432 numbers
+    assert float(read) == 9 and float(flop) == 864 and float(hours) > 0  # 2 and 2e5 times 432e7
     assert [name for name in rows if "4 x first centres, 128 passes" in name]  # 50 + 3 (50 / 2 + 1)

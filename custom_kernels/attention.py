@@ -1,10 +1,11 @@
 """Attention over many short sequences that lie packed in one tensor.
 
-    out = attention(qkv, ((128, 257), (512, 50)))      # 128 sequences of 257 tokens, then 512 of 50
+    out = attention(qkv, ((128, 257), (512, 50)))     # 128 sequences of 257 tokens, 512 of 50
 
-On an NVIDIA GPU the Triton kernels of attention_triton.py run. On a CPU the batched products of attention_products.py run where
-they are faster than the library, which depends on the type and on the length. Elsewhere: PyTorch's scaled_dot_product_attention
-on views of the same tensor. ENDODINO_ATTENTION=sdpa leaves everything to the library.
+On an NVIDIA GPU the Triton kernels of attention_triton.py run. On a CPU the batched products of
+attention_products.py run where they are faster than the library, which depends on the type and
+on the length. Elsewhere: PyTorch's scaled_dot_product_attention on views of the same tensor.
+ENDODINO_ATTENTION=sdpa leaves everything to the library.
 """
 import functools
 import os
@@ -15,37 +16,43 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from custom_kernels import interpreted, say_once, why_no_triton_on
-from custom_kernels.attention_products import no_second_derivative, pairs, products
+from custom_kernels.attention_products import (multiplications, no_second_derivative, pairs,
+                                               products)
 
 HEAD_DIM = 64  # the kernels know no other, and no ViT here has another
 LOG2E = 1.4426950408889634
 
-# Sequences longer than this go to the library, whose products of long rows are better pipelined. Computed, not measured: moving
-# q, k, v, o and their gradients once takes as long as their 14 hd FLOP per pair of tokens at about 460 tokens (H100: 3.0 TB/s, 800
-# TFLOP/s), and the library's copies of the packed gradient, which the kernels do not make, add half as many bytes again.
+# GPU: sequences longer than this go to the library, whose products of long rows are better
+# pipelined. Computed, not measured: moving q, k, v, o and their gradients once takes as long as
+# their 14 hd FLOP per pair of tokens at about 460 tokens (H100: 3.0 TB/s, 800 TFLOP/s), and the
+# library's copies of the packed gradient, which the kernels do not make, add half as many bytes
+# again.
 LONGEST = 640
 
-# The longest sequences that batched products take on a CPU: (in training, without gradients). Longer ones, and types that do
-# not stand here, go to the library. `python bench.py attention` prints the times that this comes from.
+# CPU: the longest sequences that the products take, (in training, without gradients). Longer
+# ones, and types that do not stand here, go to the library. `python bench.py attention` prints
+# the times that this comes from.
 LONGEST_PRODUCTS = {torch.bfloat16: (577, 101), torch.float32: (145, 0)}
 
 
 def attention(qkv, runs, impl="auto"):
     """Softmax attention within each sequence of a packed batch: softmax(q k^T / sqrt(hd)) v.
 
-    qkv (T_total, 3, nh, hd), any strides with unit last; runs ((count, length), ...) in packing order, few and Python ints, with
-    sum(count * length) == T_total. Returns (T_total, nh, hd), in autocast's type where that is on.
-    impl: auto | triton | products | sdpa. "triton" raises ValueError where the kernels cannot run (they also take CPU tensors
-    under TRITON_INTERPRET=1); it and "products" insist at every length. No second derivative, except in "sdpa" where PyTorch
-    has one.
+    qkv (T_total, 3, nh, hd), any strides with unit last; runs ((count, length), ...) in packing
+    order, few and Python ints, with sum(count * length) == T_total. Returns (T_total, nh, hd),
+    in autocast's type where that is on.
+    impl: auto | triton | products | sdpa. "triton" raises ValueError where the kernels cannot run
+    (they also take CPU tensors under TRITON_INTERPRET=1); it and "products" insist at every
+    length. No second derivative, except in "sdpa" where PyTorch has one.
     """
     total = sum(count * length for count, length in runs)
     if qkv.ndim != 4 or qkv.shape[1] != 3 or qkv.shape[0] != total:
-        raise ValueError(f"qkv is {tuple(qkv.shape)}: it must be (T, 3, heads, head dimension) with T = {total}, the tokens of runs {runs}")
+        raise ValueError(f"qkv is {tuple(qkv.shape)}: it must be (T, 3, heads, head dimension) "
+                         f"with T = {total}, the tokens of runs {runs}")
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if use_triton(qkv, runs, impl) and runs:
-        return packed_attention(qkv, [n for run in runs for n in run])[0]
+        return packed_attention(qkv, flat(runs))[0]
     return products_or_library(qkv, runs, impl)
 
 
@@ -53,35 +60,41 @@ def products_or_library(qkv, runs, impl):
     """Each run to whichever is faster; one call for all of them where they agree."""
     keep = torch.is_grad_enabled() and qkv.requires_grad
     longest = longest_products(qkv.device, qkv.dtype, keep, impl)
-    wins = [length <= longest for _, length in runs]
-    if not any(wins):
+    win = [length <= longest for _, length in runs]
+    if not any(win):
         return sdpa(qkv, runs)
-    if all(wins):
-        return products(qkv, [n for run in runs for n in run], keep)[0]
+    if all(win):
+        return products(qkv, flat(runs), keep)[0]
     parts = qkv.split([count * length for count, length in runs])
     return torch.cat([products_or_library(part, (run,), impl) for part, run in zip(parts, runs)])
 
 
 def sdpa(qkv, runs):
-    """The same by the library, a call per run. q, k, v are views; their gradients are copied into one tensor."""
-    return packed([F.scaled_dot_product_attention(*x.unbind(1)) for x in by_run(qkv, runs)]) if runs else qkv[:, 0]
+    """The same by the library, a call per run. q, k, v are views; their gradients are copied
+    into one tensor."""
+    if not runs:
+        return qkv[:, 0]
+    return packed([F.scaled_dot_product_attention(*x.unbind(1)) for x in by_run(qkv, runs)])
 
 
 def definition(qkv, runs):
-    """What the forward kernel computes, in plain PyTorch: O (T, nh, hd) and L (nh, T), the scores' log-sum-exp in base 2."""
+    """What the forward kernel computes, in plain PyTorch: O (T, nh, hd) and L (nh, T), the
+    scores' log-sum-exp in base 2."""
     out, lse = [], []
     for x in by_run(wide(qkv), runs):
-        q, k, v = x.unbind(1)                                             # each (count, nh, length, hd)
-        s = q @ k.mT * q.shape[-1] ** -0.5                                # (count, nh, length, length)
+        q, k, v = x.unbind(1)                                    # (count, nh, length, hd) each
+        s = q @ k.mT * q.shape[-1] ** -0.5                       # (count, nh, length, length)
         lse.append(s.logsumexp(-1, keepdim=True))
         out.append((s - lse[-1]).exp() @ v)
     return packed(out).to(qkv.dtype), packed(lse).squeeze(-1).T.contiguous() * LOG2E
 
 
 def definition_of_backward(dout, qkv, out, lse, runs):
-    """What the backward kernels compute, in plain PyTorch (Dao 2022, appendix B): the gradient of qkv, (T, 3, nh, hd)."""
+    """What the backward kernels compute, in plain PyTorch (Dao 2022, appendix B): the gradient
+    of qkv, (T, 3, nh, hd)."""
     gradients, scale = [], qkv.shape[-1] ** -0.5
-    for x, do, o, l in zip(*(by_run(wide(y), runs) for y in (qkv, dout, out, lse.T[..., None] / LOG2E))):
+    by_runs = [by_run(wide(y), runs) for y in (qkv, dout, out, lse.T[..., None] / LOG2E)]
+    for x, do, o, l in zip(*by_runs):
         q, k, v = x.unbind(1)
         p = (q @ k.mT * scale - l).exp()
         ds = p * (do @ v.mT - (o * do).sum(-1, keepdim=True))
@@ -101,12 +114,17 @@ def packed(parts):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def flat(runs):
+    """count, length, count, length, ...: what an operator of PyTorch can be given."""
+    return [n for run in runs for n in run]
+
+
 def wide(x):
     """In the type to compute in: float32, or float64 for float64 inputs."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# --- which implementation ---------------------------------------------------------------------------------------------
+# --- which implementation ---------------------------------------------------------------------
 
 
 @torch.compiler.assume_constant_result
@@ -121,7 +139,8 @@ def longest_products(device, dtype, training, impl):
 
 
 def use_triton(qkv, runs, impl="auto"):
-    """Whether the kernels take this call. "auto" uses them on any GPU, type and length they pay for, "triton" insists, "sdpa" declines."""
+    """Whether the kernels take this call. "auto" uses them on any GPU, type and length they pay
+    for, "triton" insists, the others decline."""
     obstacle = None
     if qkv.shape[3] != HEAD_DIM:
         obstacle = f"the head dimension is not {HEAD_DIM}"
@@ -143,7 +162,8 @@ def triton_chosen(device, dtype, obstacle, impl):
     obstacle = obstacle or why_not_triton(device, dtype)
     if obstacle and impl == "triton":
         raise ValueError(f"the attention kernels cannot run: {obstacle}")
-    say_once(f"attention: {f'scaled_dot_product_attention, because {obstacle}' if obstacle else 'Triton kernels'}")
+    taken = f"scaled_dot_product_attention, because {obstacle}" if obstacle else "Triton kernels"
+    say_once(f"attention: {taken}")
     return obstacle is None
 
 
@@ -153,7 +173,7 @@ def why_not_triton(device, dtype):
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"qkv is {dtype}, not bfloat16, float16 or float32"
     if device.type == "cpu" and interpreted() and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"  # the bit patterns, as if they were integers
+        return "Triton's interpreter multiplies bfloat16 wrongly"  # the bits, as integers
     return why_no_triton_on(device)
 
 
@@ -161,12 +181,12 @@ def kernels_take(qkv):
     return qkv.shape[3] == HEAD_DIM and why_not_triton(qkv.device, qkv.dtype) is None
 
 
-# --- the operators: opaque to torch.compile, with kernels on a GPU or under Triton's interpreter, and the definition elsewhere ------
+# --- the operators: opaque to torch.compile; kernels where they run, elsewhere the definition ---
 
 
 @torch.library.custom_op("endodino::attention", mutates_args=())
 def packed_attention(qkv: Tensor, runs: list[int]) -> tuple[Tensor, Tensor]:
-    """O (T, nh, hd) and L (nh, T) of `definition`, contiguous; runs flat: count, length, count, length, ..."""
+    """O (T, nh, hd) and L (nh, T) of `definition`, contiguous; runs flat."""
     if kernels_take(qkv):
         from custom_kernels import attention_triton as kernels
         return kernels.forward(unit_stride(qkv), pairs(runs))
@@ -177,15 +197,18 @@ def packed_attention(qkv: Tensor, runs: list[int]) -> tuple[Tensor, Tensor]:
 @packed_attention.register_fake
 def _(qkv, runs):
     T, _, nh, hd = qkv.shape
-    return qkv.new_empty(T, nh, hd), qkv.new_empty(nh, T, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    lse = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty(T, nh, hd), qkv.new_empty(nh, T, dtype=lse)
 
 
 @torch.library.custom_op("endodino::attention_backward", mutates_args=())
-def packed_attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, runs: list[int]) -> Tensor:
+def packed_attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
+                              runs: list[int]) -> Tensor:
     """The gradient of qkv, contiguous."""
     if kernels_take(qkv):
         from custom_kernels import attention_triton as kernels
-        return kernels.backward(dout.contiguous(), unit_stride(qkv), out.contiguous(), lse.contiguous(), pairs(runs))
+        dout, out, lse = (x.contiguous() for x in (dout, out, lse))
+        return kernels.backward(dout, unit_stride(qkv), out, lse, pairs(runs))
     with torch.autocast(qkv.device.type, enabled=False):
         return definition_of_backward(dout, qkv, out, lse, pairs(runs))
 
@@ -216,11 +239,9 @@ packed_attention_backward.register_autograd(no_second_derivative)
 
 @register_flop_formula(torch.ops.endodino.attention)
 def _(qkv_shape, runs, *_, **__):
-    """Two products of length x length x hd in each head."""
-    return 4 * sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]
+    return 2 * 2 * multiplications(qkv_shape, runs)  # S, O
 
 
 @register_flop_formula(torch.ops.endodino.attention_backward)
 def _(dout_shape, qkv_shape, out_shape_, lse_shape, runs, *_, **__):
-    """Five."""
-    return 10 * sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]
+    return 2 * 5 * multiplications(qkv_shape, runs)  # S again, dP, dQ, dK, dV

@@ -1,17 +1,21 @@
-"""Attention as batched matrix products: what CPUs run. Not run by hand, attention.py dispatches to it.
+"""Attention as batched matrix products: what CPUs run. Not run by hand, attention.py dispatches
+to it.
 
-A piece is n pairs of sequence and head, few enough that their scores stay in a core's cache. For each piece,
+A run of sequences is worked on in pieces: n pairs of sequence and head, few enough that their
+scores stay in a core's cache. For each piece
 
-    S = Q K^T / sqrt(hd)      P = softmax(S)      O = P V                         (n, length, length), P too, and (n, length, hd)
-    dP = dO V^T               dS = P * (dP - sum_j P dP)
+    S = Q K^T / sqrt(hd)      P = softmax(S)                     (n, length, length)
+    O = P V                                                      (n, length, hd)
+    dP = dO V^T               dS = P * (dP - sum_j P dP)         (n, length, length)
     dQ = dS K / sqrt(hd)      dK = dS^T Q / sqrt(hd)      dV = P^T dO
 
-Scores and softmax are float32 whatever the type: bfloat16 keeps 8 bits, which at a score of 10 is a probability off by 3 %.
-The backward gets P from the forward, in qkv's type. Keeping the log-sum-exp alone and computing P anew took 1.4 times as long
-in bfloat16. For long sequences P is too large to keep, and there the library is faster anyway.
-
-    forward reads qkv and writes O and P; backward reads dO, qkv, P and writes dqkv, where the projection's backward wants it
+S and its softmax are float32 whatever the type: bfloat16 keeps 8 bits, which at a score of 10
+makes a probability wrong by 3 %. The backward gets P from the forward, in qkv's type: to keep
+the log-sum-exp alone and compute P anew took 1.4 times as long in bfloat16. For long sequences
+P is too large to keep, and there the library is faster anyway.
 """
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -21,16 +25,18 @@ PIECE = 4 * 2**20  # bytes of a piece's scores, q, k and v in float32
 
 @torch.library.custom_op("endodino::attention_products", mutates_args=())
 def products(qkv: Tensor, runs: list[int], keep: bool) -> tuple[Tensor, Tensor]:
-    """O (T, nh, hd), and P of all runs one after the other, flat, in qkv's type; empty unless it is to be kept.
+    """O (T, nh, hd), and P of all runs one after the other, flat, in qkv's type; empty unless
+    it is to be kept for the backward.
 
     qkv (T, 3, nh, hd); runs flat: count, length, count, length, ...
     """
     out, kept = outputs(qkv, runs, keep)
+    kept_by_run = probabilities(kept, qkv, runs) if keep else [None] * len(pairs(runs))
     with torch.autocast(qkv.device.type, enabled=False):
-        for x, o, p_kept in zip(by_run(qkv, runs), by_run(out, runs), probabilities(kept, qkv, runs)):
+        for x, o, p_kept in zip(by_run(qkv, runs), by_run(out, runs), kept_by_run):
             for n, h in pieces(*x.shape):
-                q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))           # each (n, length, hd)
-                p = scores(q, k).softmax(-1).to(v.dtype)                           # (n, length, length)
+                q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))   # (n, length, hd) each
+                p = scores(q, k).softmax(-1).to(v.dtype)                   # (n, length, length)
                 if keep:
                     p_kept[n, h] = p.view_as(p_kept[n, h])
                 o[n, :, h] = tokens_first(p @ v, o[n, :, h])
@@ -46,18 +52,17 @@ def outputs(qkv, runs, keep):
 
 @torch.library.custom_op("endodino::attention_products_backward", mutates_args=())
 def products_backward(dout: Tensor, qkv: Tensor, kept: Tensor, runs: list[int]) -> Tensor:
-    """The gradient of qkv, contiguous."""
+    """The gradient of qkv, contiguous: where the projection's backward wants it."""
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    zero, scale = qkv.new_zeros(()), qkv.shape[3] ** -0.5
+    by_runs = *(by_run(y, runs) for y in (qkv, dout, dqkv)), probabilities(kept, qkv, runs)
     with torch.autocast(qkv.device.type, enabled=False):
-        for x, do_run, p_run, dx in zip(by_run(qkv, runs), by_run(dout, runs), probabilities(kept, qkv, runs), by_run(dqkv, runs)):
+        for x, do_run, dx, p_run in zip(*by_runs):
             for n, h in pieces(*x.shape):
-                q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))           # each (n, length, hd)
-                do, p = heads_first(do_run[n, :, h]), p_run[n, h].flatten(0, 1)    # (n, length, hd), (n, length, length)
+                q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))   # (n, length, hd) each
+                do, p = heads_first(do_run[n, :, h]), p_run[n, h].flatten(0, 1)
                 ds = torch._softmax_backward_data(do @ v.mT, p, -1, p.dtype)
-                dx[n, :, 0, h] = tokens_first(torch.baddbmm(zero, ds, k, beta=0, alpha=scale), do_run[n, :, h])
-                dx[n, :, 1, h] = tokens_first(torch.baddbmm(zero, ds.mT, q, beta=0, alpha=scale), do_run[n, :, h])
-                dx[n, :, 2, h] = tokens_first(p.mT @ do, do_run[n, :, h])
+                for i, gradient in enumerate((scaled(ds, k), scaled(ds.mT, q), p.mT @ do)):
+                    dx[n, :, i, h] = tokens_first(gradient, do_run[n, :, h])
     return dqkv
 
 
@@ -66,13 +71,19 @@ def _(dout, qkv, kept, runs):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
+# --- pieces -----------------------------------------------------------------------------------
+
+
 def pieces(count, length, _, heads, hd):
-    """Slices (sequences, heads) that cover a run, each of few pairs; heads are cut only where one sequence is too much."""
+    """Slices (sequences, heads) that cover a run, each of few pairs; heads are cut only where
+    those of one sequence are too many."""
     if length == 0:
-        return []
+        return
     at_once = max(1, PIECE // (4 * length * (length + 3 * hd)))
     n, h = max(1, at_once // heads), min(at_once, heads)
-    return [(slice(i, i + n), slice(j, j + h)) for i in range(0, count, n) for j in range(0, heads, h)]
+    for i in range(0, count, n):
+        for j in range(0, heads, h):
+            yield slice(i, i + n), slice(j, j + h)
 
 
 def pairs(runs):
@@ -82,31 +93,42 @@ def pairs(runs):
 
 def by_run(x, runs):
     """(T, ...) -> one (count, length, ...) per run, views."""
-    runs = pairs(runs)
-    return [part.unflatten(0, run) for part, run in zip(x.split([count * length for count, length in runs]), runs)]
+    parts = x.split([count * length for count, length in pairs(runs)])
+    return [part.unflatten(0, run) for part, run in zip(parts, pairs(runs))]
 
 
 def probabilities(kept, qkv, runs):
     """The flat P -> one (count, nh, length, length) per run, views."""
-    shapes = [(count, qkv.shape[2], length, length) for count, length in pairs(runs)]
-    sizes = [torch.Size(shape).numel() for shape in shapes] if len(kept) else [0] * len(shapes)
-    return [part.view(shape if len(part) else -1) for part, shape in zip(kept.split(sizes), shapes)]
-
-
-def scores(q, k):
-    """q k^T / sqrt(hd) in float32, or in float64 for float64."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.baddbmm(q.new_zeros((), dtype=wide), q.to(wide), k.to(wide).mT, beta=0, alpha=q.shape[2] ** -0.5)
+    nh = qkv.shape[2]
+    shapes = [(count, nh, length, length) for count, length in pairs(runs)]
+    parts = kept.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes)]
 
 
 def heads_first(x):
-    """(sequences, length, heads, hd) -> (pairs, length, hd), a copy: products want a piece's rows together."""
+    """(sequences, length, heads, hd) -> (pairs, length, hd). A copy, whose rows lie together as
+    the products want them; of a piece alone, so that it stays in the cache."""
     return x.transpose(1, 2).contiguous().flatten(0, 1)
 
 
 def tokens_first(x, like):
-    """The inverse, a view."""
+    """The inverse, a view of the shape of `like`."""
     return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+
+
+def scores(q, k):
+    """q k^T / sqrt(hd), in float32, or in float64 for float64."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return scaled(q.to(wide), k.to(wide).mT, q.shape[2])
+
+
+def scaled(a, b, hd=None):
+    """a b / sqrt(hd), without a pass of its own for the division."""
+    ignored = a.new_empty(())  # for beta is 0
+    return torch.baddbmm(ignored, a, b, beta=0, alpha=(hd or b.shape[2]) ** -0.5)
+
+
+# --- gradients and FLOP -----------------------------------------------------------------------
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -120,21 +142,24 @@ def backward(ctx, dout, _):
 
 
 def no_second_derivative(ctx, *_):
-    raise NotImplementedError('attention has no second derivative: attention(..., impl="sdpa") under '
-                              "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) has one")
+    raise NotImplementedError('attention has no second derivative: attention(..., impl="sdpa") '
+                              "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH) has one")
 
 
 products.register_autograd(backward, setup_context=keep_for_backward)
 products_backward.register_autograd(no_second_derivative)
 
 
+def multiplications(qkv_shape, runs):
+    """Of one product of length x length x hd in each head."""
+    return sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]
+
+
 @register_flop_formula(torch.ops.endodino.attention_products)
 def _(qkv_shape, runs, *_, **__):
-    """Two products of length x length x hd in each head."""
-    return 4 * sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]
+    return 2 * 2 * multiplications(qkv_shape, runs)  # S, O
 
 
 @register_flop_formula(torch.ops.endodino.attention_products_backward)
 def _(dout_shape, qkv_shape, kept_shape, runs, *_, **__):
-    """Four: P is not computed again."""
-    return 8 * sum(count * length**2 for count, length in pairs(runs)) * qkv_shape[2] * qkv_shape[3]
+    return 2 * 4 * multiplications(qkv_shape, runs)  # dP, dQ, dK, dV; P was kept

@@ -1,7 +1,8 @@
 """Clocks, peak memory and tables for every benchmark.
 
-Candidates of one table run in turn (A B A B ...) in one process; the median is printed, so a ratio holds when the
-machine's speed drifts. Peak memory is what a call needs beyond what was already held.
+Candidates of one table run in turn (A B A B ...) in one process; the median is printed, so a
+ratio holds when the machine's speed drifts. Peak memory is what a call needs beyond what was
+already held.
 """
 import ctypes
 import os
@@ -13,7 +14,8 @@ import torch
 
 
 def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
-    """{name: function} -> {name: median seconds of `runs` calls}, the functions called in turn."""
+    """{name: function} -> {name: median seconds of `runs` calls}, the functions called in
+    turn."""
     times = {name: [] for name in candidates}
     for i in range(warmup + runs):
         for name, fn in candidates.items():
@@ -27,7 +29,8 @@ def seconds(candidates, runs=7, warmup=1, clock=time.perf_counter):
 
 
 def event_seconds(candidates, runs, warmup=5):
-    """As `seconds`, on the GPU's own clock: the time of the launches on the processor does not count."""
+    """As `seconds`, on the GPU's own clock: the time of the launches on the processor does not
+    count."""
     times = {name: [] for name in candidates}
     for i in range(warmup + runs):
         for name, fn in candidates.items():
@@ -47,7 +50,8 @@ def synchronize():
 
 
 def peak_bytes(fn):
-    """Bytes that one call of fn needs at its peak beyond what is held before: GPU memory, or resident memory on Linux."""
+    """Bytes that one call of fn needs at its peak beyond what is held before: GPU memory, or
+    resident memory on Linux."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -59,7 +63,7 @@ def peak_bytes(fn):
         return float("nan")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # else freed memory that the allocator keeps would hide what the call takes of it
+        libc.malloc_trim(0)  # else the call could take freed memory that is still resident
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # resets the high-water mark of resident memory
     before = resident("VmRSS")

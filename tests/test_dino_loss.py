@@ -1,4 +1,5 @@
-"""dino_loss.py against the official code's numbers, and where those do not reach, against float64 or a direct sum."""
+"""dino_loss.py against the official code's numbers, and where those do not reach, against
+float64 or a direct sum."""
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
-from dino_loss import (DINOHead, centered_softmax, collapse_stats, dino_loss, ibot_loss, koleo_loss, sinkhorn,
-                       sinkhorn_log_domain, teacher_targets, update_center)
+from dino_loss import (DINOHead, centered_softmax, collapse_stats, dino_loss, ibot_loss,
+                       koleo_loss, sinkhorn, teacher_targets, update_center)
 
 B, K, L = 6, 97, 5  # of the reference case
 
@@ -23,7 +24,16 @@ def textbook_sinkhorn(logits, temp, n_iters=3):
     return (q * q.shape[1]).T
 
 
-# --- head -------------------------------------------------------------------------------------------------------------
+def sinkhorn_in_logarithms(logits, temp, n_iters=3):
+    """The same for any range of logits."""
+    log_q = logits / temp
+    for _ in range(n_iters):
+        log_q = log_q - log_q.logsumexp(0)
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)
+    return log_q.exp()
+
+
+# --- head -------------------------------------------------------------------------------------
 
 
 def test_head_equals_official_forward_and_gradients(reference, filled, named_input):
@@ -35,7 +45,8 @@ def test_head_equals_official_forward_and_gradients(reference, filled, named_inp
     out.backward(named_input("headgrad0", out.shape))
     assert_close(out, torch.from_numpy(r["out"]), rtol=1e-5, atol=1e-6)
     assert_close(x.grad, torch.from_numpy(r["grad_in"]), rtol=1e-5, atol=1e-6)
-    assert_close(head.last_layer.weight_v.grad, torch.from_numpy(r["grad_last_v"]), rtol=1e-5, atol=1e-6)
+    weight = head.last_layer.weight_v
+    assert_close(weight.grad, torch.from_numpy(r["grad_last_v"]), rtol=1e-5, atol=1e-6)
 
 
 def test_head_names_and_initialisation():
@@ -61,11 +72,13 @@ def test_head_gives_each_group_its_logits():
     parts = head(x, [2, 0, 7])
     assert [len(p) for p in parts] == [2, 0, 7]
     assert_close(torch.cat(parts), whole)
-    for a, b in zip(*(torch.autograd.grad((y ** 3).sum(), list(head.parameters())) for y in (whole, torch.cat(parts)))):
+    gradients = [torch.autograd.grad((y ** 3).sum(), list(head.parameters()))
+                 for y in (whole, torch.cat(parts))]
+    for a, b in zip(*gradients):
         assert_close(a, b)
 
 
-# --- teacher's targets ------------------------------------------------------------------------------------------------
+# --- teacher's targets ------------------------------------------------------------------------
 
 
 def test_sinkhorn_equals_official(reference, named_input):
@@ -76,18 +89,20 @@ def test_sinkhorn_equals_official(reference, named_input):
     assert_close(patches, torch.from_numpy(r["ibot_sinkhorn"]), rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", [sinkhorn, sinkhorn_log_domain])
-def test_sinkhorn_in_float64_is_the_textbook_loop(form):
-    logits = torch.randn(37, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 4
-    assert_close(form(logits, 0.04), textbook_sinkhorn(logits, 0.04), rtol=1e-9, atol=1e-15)
+@pytest.mark.parametrize("spread", [0.25, 1.0])  # at 1 the range is too wide for float32's exp
+def test_sinkhorn_in_float64_is_the_textbook_loop(spread):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(37, 101, generator=g, dtype=torch.float64) * spread
+    assert ((logits.max() - logits.min()) / 0.04 > 80) == (spread == 1)
+    assert_close(sinkhorn(logits, 0.04), textbook_sinkhorn(logits, 0.04), rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("reach", [0.5, 1.59, 1.61, 20.0, 200.0])  # 1.6 / 0.04 * 2 = 80, where the two forms meet
+@pytest.mark.parametrize("reach", [0.5, 1.59, 1.61, 20.0, 200.0])  # two forms meet at 2 * 1.6 / 0.04
 def test_sinkhorn_is_finite_and_right_at_any_range(reach):
     logits = torch.randn(24, 301, generator=torch.Generator().manual_seed(1))
     logits = (logits / logits.abs().max() * reach).clamp(-reach, reach)
     logits[0], logits[1, 0], logits[1, 1] = -reach, reach, -reach   # a row and a pair at the very ends
-    exact = sinkhorn_log_domain(logits.double(), 0.04)
+    exact = sinkhorn_in_logarithms(logits.double(), 0.04)
     ours = sinkhorn(logits, 0.04)
     assert ours.isfinite().all()
     assert_close(ours.sum(1), torch.ones(24), rtol=0, atol=1e-5)
@@ -108,7 +123,8 @@ def test_centering_equals_official(reference, named_input):
     center = torch.zeros(K)
     for i in range(3):
         logits = 0.5 * named_input(f"teacher_step{i}", (2 * B, K)) + 0.3
-        assert_close(centered_softmax(logits, center, 0.04 + 0.01 * i), torch.from_numpy(r[f"center_softmax{i}"]), rtol=1e-5, atol=1e-7)
+        targets = centered_softmax(logits, center, 0.04 + 0.01 * i)
+        assert_close(targets, torch.from_numpy(r[f"center_softmax{i}"]), rtol=1e-5, atol=1e-7)
         center = update_center(center, logits)  # after its use: it is one step late, as in DINO
     assert_close(center, torch.from_numpy(r["center_after3"])[0], rtol=1e-5, atol=1e-7)
 
@@ -118,18 +134,22 @@ def test_patch_centering_equals_official(reference, named_input):
     center = torch.zeros(K)
     for i in range(2):
         logits = 0.5 * named_input(f"teacher_patch_step{i}", r["ibot_sinkhorn"].shape) + 0.2
-        assert_close(centered_softmax(logits, center, 0.05), torch.from_numpy(r[f"ibot_center_softmax{i}"]), rtol=1e-5, atol=1e-7)
+        targets = centered_softmax(logits, center, 0.05)
+        assert_close(targets, torch.from_numpy(r[f"ibot_center_softmax{i}"]), rtol=1e-5, atol=1e-7)
         center = update_center(center, logits)
     assert_close(center, torch.from_numpy(r["ibot_center_after2"])[0, 0], rtol=1e-5, atol=1e-7)
 
 
 def one_of_two_processes(rank, folder):
-    """Rank 0 holds 5 rows, rank 1 holds 11 (then 0): each writes its part of the targets and the common centre."""
+    """Rank 0 holds 5 rows, rank 1 holds 11 (then 0): each writes its part of the targets and
+    the common centre."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     logits = torch.randn(16, 33, generator=torch.Generator().manual_seed(2))
     mine = logits[:5] if rank == 0 else logits[5:]
-    out = {"targets": sinkhorn(mine, 0.1), "log_domain": sinkhorn(mine * 100, 0.1), "center": update_center(torch.ones(33), mine)}
+    out = {"targets": sinkhorn(mine, 0.1), "wide": sinkhorn(mine * 100, 0.1),
+           "center": update_center(torch.ones(33), mine)}
     some = logits if rank == 0 else logits[:0]  # a process without a masked patch still takes part
     out["with_empty"] = sinkhorn(some, 0.1)
     out["center_with_empty"] = update_center(torch.ones(33), some)
@@ -141,15 +161,15 @@ def test_two_processes_with_different_row_counts_give_the_one_process_result(tmp
     mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     logits = torch.randn(16, 33, generator=torch.Generator().manual_seed(2))
-    for name, expected in {"targets": sinkhorn(logits, 0.1), "log_domain": sinkhorn(logits * 100, 0.1),
-                           "with_empty": sinkhorn(logits, 0.1)}.items():
-        assert_close(torch.cat([p[name] for p in parts]), expected, rtol=1e-4, atol=1e-7)
+    for name, x in {"targets": logits, "wide": logits * 100, "with_empty": logits}.items():
+        found = torch.cat([p[name] for p in parts])
+        assert_close(found, sinkhorn(x, 0.1), rtol=1e-4, atol=1e-7)
     for part in parts:
         assert_close(part["center"], update_center(torch.ones(33), logits))
         assert_close(part["center_with_empty"], update_center(torch.ones(33), logits))
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------
 
 
 def test_dino_loss_and_gradients_equal_official(reference, named_input):
@@ -158,7 +178,8 @@ def test_dino_loss_and_gradients_equal_official(reference, named_input):
     teacher = torch.from_numpy(r["sinkhorn"]).unflatten(0, (2, B)).flip(0)
     local = named_input("student_local", (L * B, K)).requires_grad_()
     across = named_input("student_global", (2 * B, K)).requires_grad_()
-    global_term, local_term = dino_loss(across.unflatten(0, (2, B)), local.unflatten(0, (L, B)), teacher)
+    crops = across.unflatten(0, (2, B)), local.unflatten(0, (L, B))
+    global_term, local_term = dino_loss(*crops, teacher)
     pairs = 2 + 2 * L
     # official: sum over 2L pairs / pairs, and the mean of both global pairs * 2 / pairs
     assert_close(local_term * pairs, torch.tensor(r["dino_local_sum"]), rtol=1e-5, atol=0)
@@ -170,7 +191,7 @@ def test_dino_loss_and_gradients_equal_official(reference, named_input):
 
 def test_dino_loss_is_the_mean_over_all_pairs_of_different_crops():
     g = torch.Generator().manual_seed(3)
-    student_global, student_local = torch.randn(2, B, K, generator=g), torch.randn(L, B, K, generator=g)
+    student_global, student_local = (torch.randn(n, B, K, generator=g) for n in (2, L))
     teacher = torch.randn(2, B, K, generator=g).softmax(-1)
     total = []
     for i, student in enumerate([*student_global, *student_local]):
@@ -184,7 +205,8 @@ def test_dino_loss_is_the_mean_over_all_pairs_of_different_crops():
 def test_ibot_loss_and_gradient_equal_official(reference, named_input):
     r = reference("losses")
     student = named_input("student_patch", r["ibot_grad"].shape).requires_grad_()
-    loss = ibot_loss(student, torch.from_numpy(r["ibot_sinkhorn"]), torch.from_numpy(r["ibot_masks"]))
+    teacher, masks = (torch.from_numpy(r[name]) for name in ("ibot_sinkhorn", "ibot_masks"))
+    loss = ibot_loss(student, teacher, masks)
     loss.backward()
     assert_close(loss, torch.tensor(r["ibot_loss"]), rtol=1e-5, atol=0)
     assert_close(student.grad, torch.from_numpy(r["ibot_grad"]), rtol=1e-4, atol=1e-7)
@@ -223,22 +245,26 @@ def test_losses_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         student, teacher = torch.randn(6, K).bfloat16(), torch.randn(6, K).bfloat16()
         targets = sinkhorn(teacher, 0.05)
-        terms = [targets.sum(), *dino_loss(student.unflatten(0, (2, 3)), student.unflatten(0, (2, 3)), targets.unflatten(0, (2, 3))),
+        crops = [x.unflatten(0, (2, 3)) for x in (student, student, targets)]
+        terms = [targets.sum(), *dino_loss(*crops),
                  ibot_loss(student, targets, masks), koleo_loss(student)]
     assert all(t.dtype == torch.float32 for t in terms)
 
 
-# --- health -----------------------------------------------------------------------------------------------------------
+# --- health -----------------------------------------------------------------------------------
 
 
 def test_collapse_stats_tell_three_states_apart():
     uniform = collapse_stats(torch.zeros(8, 16), 0.05)
-    assert uniform["kl_to_uniform"] == pytest.approx(0, abs=1e-6) and uniform["entropy_of_mean"] == pytest.approx(math.log(16))
+    assert uniform["kl_to_uniform"] == pytest.approx(0, abs=1e-6)
+    assert uniform["entropy_of_mean"] == pytest.approx(math.log(16))
     same = collapse_stats(torch.eye(16)[:1].repeat(8, 1) * 10, 0.05)      # every row on the same prototype
     assert same["entropy_of_mean"] == pytest.approx(0, abs=1e-6) and same["prototypes_used"] == 1
     healthy = collapse_stats(torch.eye(16)[:8] * 10, 0.05)                # every row on its own
-    assert healthy["mean_entropy"] == pytest.approx(0, abs=1e-6) and healthy["entropy_of_mean"] == pytest.approx(math.log(8))
-    assert healthy["prototypes_used"] == 8 and healthy["kl_to_uniform"] == pytest.approx(math.log(16))
+    assert healthy["mean_entropy"] == pytest.approx(0, abs=1e-6)
+    assert healthy["entropy_of_mean"] == pytest.approx(math.log(8))
+    assert healthy["kl_to_uniform"] == pytest.approx(math.log(16))
+    assert healthy["prototypes_used"] == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -483,7 +483,7 @@ def timeline(path, title, times, tracks, seconds=True):
             y_range = len(classes) - 0.5, -0.5
         else:
             y_range = 1.1 * known.min(initial=0), 1.1 * known.max(initial=0) or 1
-        y_words = dict(enumerate(classes)) if classes else None
+        y_words = {i: str(name) for i, name in enumerate(classes)} if classes else None
         place = axes(draw, box, span, y_range, name, clock(*span, seconds), y_words)
         for frames in stretches(times, values, 4 * step, bool(classes)):
             label, ends = values[frames[0]], (times[frames[0]], times[frames[-1]] + step)

@@ -737,16 +737,20 @@ def main(argv=None):
                      "--videos, --frames-per-video and --scale positive")
     wanted = ARTEFACTS if args.artefacts == [] else args.artefacts or ()
     artefacts = tuple(name for name in ARTEFACTS if name in wanted)  # in one order
-    root = ensure(args.out, args.videos, args.frames_per_video, args.scale, args.size, args.seed,
-                  artefacts=artefacts)
-    asked = flags(args.videos, args.frames_per_video, args.scale, args.size, args.seed, artefacts)
-    if json.loads((root / "made_by.json").read_text()) != asked:
-        raise SystemExit(f"{root} holds a set made with other flags ({root / 'made_by.json'}): "
-                         "name another folder")
-    if args.sheet:
-        import figures  # lazily: the frames need no pictures of themselves
-        figures.synthetic_set(root, args.sheet)
-        print(f"wrote {args.sheet}")
+    asked = args.videos, args.frames_per_video, args.scale, args.size, args.seed
+    try:
+        root = ensure(args.out, *asked, artefacts=artefacts)
+        if json.loads((root / "made_by.json").read_text()) != flags(*asked, artefacts):
+            raise ValueError(f"{root} holds a set made with other flags ({root / 'made_by.json'}): "
+                             "name another folder")
+        if args.sheet:
+            import figures  # lazily: the frames need no pictures of themselves
+            figures.synthetic_set(root, args.sheet)
+            print(f"wrote {args.sheet}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    frames = [f for f in root.rglob("*.*") if f.suffix in (".jpg", ".bmp") and f.parent.name != "masks"]
+    print(f"{root}: {len(frames):,} frames. Next: python pretrain.py --data {root / 'unlabelled'}")
 
 
 if __name__ == "__main__":

@@ -370,8 +370,22 @@ def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkey
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=str(tmp_path)):
         synthetic.ensure(tmp_path)
+    with pytest.raises(SystemExit, match="did not make: name another folder"):
+        synthetic.main([str(tmp_path)])
+
+
+def test_the_command_ends_with_what_there_is_and_what_comes_next(tiny, tmp_path, capsys):
+    few = ["--videos", "2", "--frames-per-video", "4", "--scale", ".05", "--size", "32"]
+    synthetic.main([str(tiny), *few, "--sheet", str(tmp_path / "sheet.png")])
+    frames = [f for f in tiny.rglob("*.*") if f.suffix in (".jpg", ".bmp") and "masks" not in f.parts]
+    words = capsys.readouterr().out
+    assert f"{tiny}: {len(frames)} frames. Next: python pretrain.py --data {tiny}/unlabelled" in words
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file"):  # a sheet that cannot be written is one sentence
+        synthetic.main([str(tiny), *few, "--sheet", str(tmp_path / "file" / "sheet.png")])
 
 
 def test_contact_sheet(tiny, tmp_path):
     figures.synthetic_set(tiny, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] == 6 * (112 + 2) + 2
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] == 6 * (112 + 2) + 2

@@ -41,11 +41,12 @@ def one_sentence():
 
 
 def backbones(args):
-    """[(name, model)]: the checkpoints, then one random initialisation per architecture among them
-    (vitt14 if there is none), drawn with --seed.
+    """[(name, model)]: the checkpoints, then one random initialisation per architecture among
+    them (vitt14 if there is none), drawn with --seed.
 
-    All are read, on the CPU, before the first of them is computed with for an hour. In evaluation
-    mode, gradients off. Names are the paths as given, and "random initialisation (ARCH)"."""
+    All are read, on the CPU, before the first of them is computed with for an hour. In
+    evaluation mode, gradients off. Names are the paths as given, and "random initialisation
+    (ARCH)"."""
     absent = [c for c in args.checkpoints if not os.path.isfile(c) and c not in vit.RELEASED]
     if absent:
         raise SystemExit(f"{', '.join(absent)}: no such checkpoint file")
@@ -65,8 +66,8 @@ def backbones(args):
 
 
 def random_name(model):
-    """Of the random initialisation with which a backbone is compared; without a name in ARCHS its
-    width, depth, heads and registers."""
+    """Of the random initialisation with which a backbone is compared; without a name in ARCHS
+    its width, depth, heads and registers."""
     arch = model.arch or f"ViT {model.dim}/{model.depth}/{model.heads}/{model.registers}"
     return f"random initialisation ({arch})"
 
@@ -94,12 +95,13 @@ def fingerprint(paths):
 
 
 class Kept:
-    """Rows that are dear to compute, one per frame, in a memory-mapped file: kept[i] is an array.
+    """Rows that are dear to compute, one per frame, in a memory-mapped file: kept[i] is an
+    array.
 
     compute(paths) yields the rows of these frames in batches (b, *shape). Every row has its
-    checksum beside it. Checksum 0 means not computed yet, so a run that was killed goes on; a row
-    that does not fit its checksum was damaged on the disk: it is computed again, and named, when
-    it is first read. Opening a file is instant, however large it is."""
+    checksum beside it. Checksum 0 means not computed yet, so a run that was killed goes on; a
+    row that does not fit its checksum was damaged on the disk: it is computed again, and named,
+    when it is first read. Opening a file is instant, however large it is."""
 
     def __init__(self, file, paths, compute, shape, dtype):
         self.file, self.paths, self.compute = pathlib.Path(file), list(paths), compute
@@ -130,8 +132,8 @@ class Kept:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         needed, free = kind.itemsize * len(self.paths), shutil.disk_usage(self.file.parent).free
         if needed > free:
-            raise ValueError(f"the features of {len(self.paths)} frames need {needed / 1e9:.1f} GB, "
-                             f"{self.file.parent} has {free / 1e9:.1f} GB free: give --features "
+            raise ValueError(f"the features of {len(self.paths)} frames need {needed / 1e9:.1f} "
+                             f"GB, {self.file.parent} has {free / 1e9:.1f} GB free: give --features "
                              "another folder, or take fewer heads or a smaller --size")
         return np.lib.format.open_memmap(self.file, "w+", kind, (len(self.paths),))
 
@@ -226,7 +228,8 @@ def frozen_features(model, paths, device, size, view="crop", dtype=torch.float32
 
 @torch.no_grad()
 def block_tokens(model, images, blocks, norm, dtype=torch.float32):
-    """(B, 3, S, S) -> (B, L, 1 + N, D) of these blocks, class token first, registers left out."""
+    """(B, 3, S, S) -> (B, L, 1 + N, D) of these blocks, class token first, registers left
+    out."""
     with vit.autocast(images.device, dtype):
         out = model.intermediate(images, blocks, norm=norm)
     return torch.stack([torch.cat([o["cls"][:, None], o["patches"]], dim=1) for o in out], dim=1)
@@ -261,9 +264,9 @@ class Head:
     network: torch.nn.Module
 
     def __call__(self, tokens):
-        """tokens (B, L, 1 + N, D) of its blocks, class token first -> a classifier: probabilities
-        (B, C) and labels (B,) on the CPU; a polyp head: float32 logits (B, h, w) of the square,
-        which heads.resize brings to the frame's own size."""
+        """tokens (B, L, 1 + N, D) of its blocks, class token first -> a classifier:
+        probabilities (B, C) and labels (B,) on the CPU; a polyp head: float32 logits (B, h, w)
+        of the square, which heads.resize brings to the frame's own size."""
         if self.task != "polyps":
             tokens = tokens.float()
             return self.network({"cls": tokens[:, :, 0], "patch": tokens[:, -1, 1:].mean(1)})
@@ -272,8 +275,8 @@ class Head:
 
 
 def head_path(args, checkpoint, task, head):
-    """Where the head of a checkpoint is written: beside --out where that is given, otherwise beside
-    the checkpoint. Beside --out, of two checkpoints of one name, the folder's name is set before."""
+    """Where the head of a checkpoint is written: beside --out where that is given (there, of two
+    checkpoints of one name, after the name of its folder), otherwise beside the checkpoint."""
     path = pathlib.Path(checkpoint)
     name = f"{path.stem}.{task}.{head.lower()}.pt"
     if not args.out:
@@ -336,8 +339,8 @@ def head_network(file, model):
 def run_heads(model, loaded, images, dtype=torch.float32):
     """What several heads of one view and size say of a batch of frames, in one backbone pass.
 
-    images (B, 3, S, S) on the model's device, dtype as vit.precision gives it. Returns one answer
-    per head, in their order; see Head."""
+    images (B, 3, S, S) on the model's device, dtype as vit.precision gives it. Returns one
+    answer per head, in their order; see Head."""
     tokens_of = shared_tokens(model, loaded, images, dtype)
     with torch.no_grad():
         return [head(tokens_of(head)) for head in loaded]
@@ -345,8 +348,8 @@ def run_heads(model, loaded, images, dtype=torch.float32):
 
 @torch.no_grad()
 def shared_tokens(model, loaded, images, dtype=torch.float32):
-    """One backbone pass for several heads: a function head -> the tokens (B, L, 1 + N, D) that it
-    reads."""
+    """One backbone pass for several heads: a function head -> the tokens (B, L, 1 + N, D) that
+    it reads."""
     wanted = sorted({block for head in loaded for block in head.blocks})
     with vit.autocast(images.device, dtype):
         raw = model.intermediate(images, wanted, norm=False)

@@ -1,14 +1,14 @@
-"""Anatomical landmarks from frozen features: kNN and a linear head, and what a few labelled frames
-per class buy.
+"""Anatomical landmarks from frozen features: kNN and a linear head, and what a few labelled
+frames per class buy.
 
     python probe_classify.py                                  synthetic frames, random weights
     python probe_classify.py runs/demo/best.pt                a checkpoint against random weights
     python probe_classify.py A.pt B.pt --data data/hyper-kvasir     six landmarks, official folds
     python probe_classify.py A.pt --data FOLDER               any tree with one folder per class
 
-The backbone is never trained. Its features are computed once and kept under features/. Everything
-that is chosen is chosen on a fold's validation frames; the head that won there, fitted on the
-training frames alone, is the one that is tested, once.
+The backbone is never trained. Its features are computed once and kept under features/.
+Everything that is chosen is chosen on a fold's validation frames; the head that won there,
+fitted on the training frames alone, is the one that is tested, once.
 """
 import warnings
 
@@ -37,8 +37,8 @@ def class_f1(true, pred, n_classes):
 
 
 def macro_f1(true, pred, n_classes):
-    """Mean F1 over all n_classes (an absent class counts 0, as in scikit-learn with labels given);
-    nan for an empty set."""
+    """Mean F1 over all n_classes (an absent class counts 0, as in scikit-learn with labels
+    given); nan for an empty set."""
     return class_f1(true, pred, n_classes).mean().item() if len(true) else float("nan")
 
 
@@ -59,10 +59,10 @@ def fit_linear(x, y, n_classes, l2, weight=None):
     penalised (DINOv2's log-reg).
 
     x (n, D), y (n,) in 0..n_classes-1; weight (n_classes,) makes the mean a weighted one. L-BFGS
-    in float64 from zero to its minimum (see whitening and minimise), with a warning if that is not
-    reached. A class without frames gets probability 0, the limit of the minimum: weights 0 and
-    bias -inf. Returns an nn.Linear in x's precision. Features are taken as they are: standardise
-    them first, so that one l2 means the same for every backbone."""
+    in float64 from zero to its minimum (see whitening and minimise), with a warning if that is
+    not reached. A class without frames gets probability 0, the limit of the minimum: weights 0
+    and bias -inf. Returns an nn.Linear in x's precision. Features are taken as they are:
+    standardise them first, so that one l2 means the same for every backbone."""
     if not len(x):
         raise ValueError("fit_linear needs at least one training frame")
     wide, (present, y) = x.double(), y.to(x.device).unique(return_inverse=True)
@@ -89,14 +89,14 @@ def whitening(x, l2):
     curved in every direction of v. L-BFGS then needs tens of steps instead of thousands.
 
     Two ideas. (1) The loss depends on w through x w alone, and the penalty pulls all else to 0:
-    the minimum lies in the span of the rows, so with fewer frames than dimensions we search there.
-    (2) The curvature of the loss is at most C = x'x / 4n + l2, since p (1 - p) <= 1/4. With
-    C = L L' (Cholesky), w = v inv(L) turns it into inv(L) C inv(L)' = 1. The minimum itself stays
-    where it is; only the coordinates change.
+    the minimum lies in the span of the rows, so with fewer frames than dimensions we search
+    there. (2) The curvature of the loss is at most C = x'x / 4n + l2, since p (1 - p) <= 1/4.
+    With C = L L' (Cholesky), w = v inv(L) turns it into inv(L) C inv(L)' = 1. The minimum itself
+    stays where it is; only the coordinates change.
 
-    Example: x of two dimensions with variances 4 and 0.04, independent, l2 = 0. C = diag(1, 0.01):
-    a valley a hundred times as curved across as along, in which gradient steps zigzag.
-    A = inv(L) = diag(1, 10): in v the valley is round."""
+    Example: x of two independent dimensions with variances 4 and 0.04, l2 = 0. C = diag(1, 0.01),
+    a valley a hundred times as curved across as along, in which gradient steps zigzag. With
+    A = inv(L) = diag(1, 10) the valley is round in v."""
     if len(x) < x.shape[1]:
         basis = torch.linalg.qr(x.T)[0]                                      # (D, n): (1)
         return whitening(x @ basis, l2) @ basis.T
@@ -107,8 +107,8 @@ def whitening(x, l2):
 
 def minimise(objective, params, tolerance=1e-7, max_iter=2000):
     """Bring a smooth objective() of float64 params to its minimum, in place: until no gradient
-    entry exceeds the tolerance, or the objective, of order 1, has no digits left to change, or no
-    parameter moves by more than 1e-9."""
+    entry exceeds the tolerance, or the objective, of order 1, has no digits left to change, or
+    no parameter moves by more than 1e-9."""
     # torch's L-BFGS learns the curvature from a step only if its product with the change of the
     # gradient exceeds 1e-10. Near the minimum of a loss of order 1 steps are 1e-5 and changes 1e-6:
     # their product is 1e-11, and it would creep on with what it learnt long before. The loss times

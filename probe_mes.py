@@ -1,5 +1,5 @@
-"""Mayo endoscopic score from frozen features: four classes, remission, a few labelled frames, and
-the two figures.
+"""Mayo endoscopic score from frozen features: four classes, remission, a few labelled frames,
+and the two figures.
 
     python probe_mes.py                                   synthetic frames, random weights
     python probe_mes.py A.pt B.pt --data data/LIMUC       LIMUC: ten official folds, one test set
@@ -30,8 +30,8 @@ from results import (VIEW, Task, arguments, confusion, evaluate, markdown_table,
 
 
 def quadratic_kappa(true, pred, n_classes=4):
-    """Cohen's kappa with weights (i - j)^2: 1 - observed / expected disagreement. 0 where one class
-    alone leaves it undefined, nan for an empty set."""
+    """Cohen's kappa with weights (i - j)^2: 1 - observed / expected disagreement. 0 where one
+    class alone leaves it undefined, nan for an empty set."""
     if not len(true):
         return float("nan")
     c = confusion(true, pred, n_classes).double()
@@ -42,8 +42,8 @@ def quadratic_kappa(true, pred, n_classes=4):
 
 
 def auc(positive, score):
-    """Probability that a positive scores above a negative, ties counting half; nan where one of the
-    two is missing."""
+    """Probability that a positive scores above a negative, ties counting half; nan where one of
+    the two is missing."""
     positive, score = np.asarray(positive, dtype=bool), np.asarray(score)
     n_pos, n_neg = positive.sum(), (~positive).sum()
     if not n_pos or not n_neg:
@@ -89,11 +89,11 @@ def softmax_head(features, y, rows, n_classes, blocks, patch, l2, power):
 
 
 def fit_ordinal(x, y, n_classes, l2, weight=None):
-    """Proportional odds (McCullagh 1980): P(y <= c) = sigmoid(theta_c - w.x) with theta increasing;
-    the (weighted) mean negative log-likelihood + l2/2 |w|^2 by L-BFGS in float64.
+    """Proportional odds (McCullagh 1980): P(y <= c) = sigmoid(theta_c - w.x) with theta
+    increasing; the (weighted) mean negative log-likelihood + l2/2 |w|^2 by L-BFGS in float64.
 
-    Returns w (D,), theta (C - 1,), which leaves no room for a class without frames: two thresholds
-    are equal there, or one is infinite."""
+    Returns w (D,), theta (C - 1,), which leaves no room for a class without frames: two
+    thresholds are equal there, or one is infinite."""
     x, y = x.double(), y.to(x.device)
     weight = x.new_ones(len(y)) if weight is None else weight.to(x)[y]
     present, y = y.unique(return_inverse=True)
@@ -104,14 +104,15 @@ def fit_ordinal(x, y, n_classes, l2, weight=None):
     # logarithms of theta_c - theta_(c-1): whatever their value, the thresholds stay in order
     gaps = x.new_zeros(max(len(present) - 2, 0), requires_grad=True)
 
-    def thresholds():
-        return torch.cat([first, first + gaps.exp().cumsum(0)])              # (present classes - 1,)
+    def thresholds():  # one less than there are classes present
+        return torch.cat([first, first + gaps.exp().cumsum(0)])
 
     def objective():
         along = turned @ v                                                   # (n,)
         upper = F.pad(thresholds(), (0, 1), value=torch.inf)[y] - along
         lower = F.pad(thresholds(), (1, 0), value=-torch.inf)[y] - along
-        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - e^(l - u)), whose logarithm does not cancel
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - e^(l - u)): as a product, because
+        # the logarithm of the difference would lose all digits where both are near 0 or near 1
         width = F.pad(gaps.exp(), (1, 1), value=torch.inf)[y]
         likelihood = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
         return -(weight * likelihood).sum() / weight.sum() + l2 / 2 * (v @ A).square().sum()
@@ -143,17 +144,17 @@ HEADS = {"kNN": (knn_head, NEIGHBOURS), "softmax": (softmax_head, BALANCED_GRID)
 
 
 def online_score(model, labelled, device, size=224, dtype=None):
-    """{"kappa", "macro_f1", "accuracy", "knn_kappa"} on the validation groups of split 0; its test
-    frames are never read.
+    """{"kappa", "macro_f1", "accuracy", "knn_kappa"} on the validation groups of split 0; its
+    test frames are never read.
 
-    A class-balanced softmax head of fixed strength on the last block's class and mean patch token,
-    and kNN on the class token: nothing is chosen, so that the points of a run compare. dtype: of
-    the backbone's products, None for what the device multiplies in hardware. The model's mode and
-    the random state stay as they were."""
+    A class-balanced softmax head of fixed strength on the last block's class and mean patch
+    token, and kNN on the class token: nothing is chosen, so that the points of a run compare.
+    dtype: of the backbone's products, None for what the device multiplies in hardware. The
+    model's mode and the random state stay as they were."""
     split, n_classes = labelled.splits[0], len(labelled.classes)
     if not len(split.train) or not len(split.val):
-        raise ValueError(f"{labelled.name}: the online probe needs training and validation frames in "
-                         f"split 0, found {len(split.train)} and {len(split.val)}")
+        raise ValueError(f"{labelled.name}: the online probe needs training and validation frames "
+                         f"in split 0, found {len(split.train)} and {len(split.val)}")
     rows = np.concatenate([split.train, split.val])
     paths, y = [labelled.paths[i] for i in rows], torch.from_numpy(labelled.labels[rows])
     features = extract(model, paths, device, size, dtype=dtype or vit.precision(device))
@@ -170,8 +171,8 @@ def online_score(model, labelled, device, size=224, dtype=None):
 
 
 def curve(run, labelled, device, size, out):
-    """Figure 1 of a run folder: the loss and online probe of log.jsonl, and its teacher_<step>.pt
-    scored here."""
+    """Figure 1 of a run folder: the loss and online probe of log.jsonl, and its
+    teacher_<step>.pt scored here."""
     run = pathlib.Path(run)
     if not (run / "log.jsonl").exists():
         raise SystemExit(f"--curve {run}: expected a run folder of pretrain.py with a log.jsonl, "
@@ -199,7 +200,8 @@ def curve(run, labelled, device, size, out):
 
 
 def exported(run):
-    """A run's teacher_<step>.pt in order; teacher_<step>.<task>.<head>.pt are heads of theirs."""
+    """A run's teacher_<step>.pt in order; teacher_<step>.<task>.<head>.pt are heads of
+    theirs."""
     step_of = {p: p.stem.removeprefix("teacher_") for p in run.glob("teacher_*.pt")}
     return sorted((p for p in step_of if step_of[p].isdigit()), key=lambda p: int(step_of[p]))
 
@@ -215,9 +217,10 @@ def histogram(labelled, out):
     return rows
 
 
-METRIC = ("quadratic weighted kappa; sensitivity, specificity, F1 and AUC with MES 2-3 (no remission) "
-          "as the positive class; class imbalance: power 1, every class weighs the same in the loss, "
-          "or power 0, every frame, whichever validation prefers (few labels: as drawn)")
+METRIC = ("quadratic weighted kappa; sensitivity, specificity, F1 and AUC with MES 2-3 (no "
+          "remission) as the positive class; class imbalance: every class (power 1) or every frame "
+          "(power 0) weighs the same in the loss, whichever validation prefers (few labels: as "
+          "drawn)")
 
 
 def main(argv=None):

@@ -4,14 +4,14 @@ checkpoint.
     python probe_segment.py                                      synthetic frames, random weights
     python probe_segment.py runs/demo/best.pt                    a checkpoint against random weights
     python probe_segment.py A.pt B.pt --data data/Kvasir-SEG     the official 880 / 120 frames
-    python probe_segment.py A.pt --data data/PraNet --heads dpt  TrainDataset, TestDataset/*: five rows
+    python probe_segment.py A.pt --data data/PraNet --heads dpt  a row for each of five test sets
     python probe_segment.py A.pt --data FOLDER --shots 20        a head from twenty labelled frames
 
-The backbone is never trained. Every training frame and its mirror image pass through it once; their
-tokens stay on disk in float16, memory-mapped, so the heads are trained without any augmentation but
-the mirror. A frame is stretched to a square of --size pixels, the logits are stretched back to the
-mask's own size, and a pixel is polyp where their sigmoid exceeds 0.5. The learning rate is chosen
-on validation frames; test frames are predicted once, at the end.
+The backbone is never trained. Every training frame and its mirror image pass through it once;
+their tokens stay on disk in float16, memory-mapped, so the heads are trained without any
+augmentation but the mirror. A frame is stretched to a square of --size pixels, the logits are
+stretched back to the mask's own size, and a pixel is polyp where their sigmoid exceeds 0.5. The
+learning rate is chosen on validation frames; test frames are predicted once, at the end.
 """
 import functools
 import math
@@ -36,7 +36,8 @@ from results import (DRAWS, Measured, Tested, arguments, comparisons, difference
 HEADS = {"linear": "linear", "boosted": "boosted linear", "dpt": "DPT"}
 # those that the validation frames choose from
 LEARNING_RATES = {"linear": (1e-3, 1e-2), "boosted": (1e-3, 1e-2), "dpt": (2e-4, 1e-3)}
-FEW_SHOT = dict(lr=1e-3)  # of the linear head: few labels leave none to choose with
+# of the linear head: few labels leave none to choose with, so the rate that all of them prefer
+FEW_SHOT = dict(lr=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -44,12 +45,12 @@ FEW_SHOT = dict(lr=1e-3)  # of the linear head: few labels leave none to choose 
 
 
 def dice_iou(pred, true):
-    """Dice and IoU of one image, boolean (H, W): (1.0, 1.0) when both are empty, (0.0, 0.0) when one
-    of them is."""
+    """Dice and IoU of one image, boolean (H, W): (1.0, 1.0) when both are empty, (0.0, 0.0) when
+    one of them is."""
     pred, true = torch.as_tensor(pred), torch.as_tensor(true)
     if pred.shape != true.shape:
-        raise ValueError(f"a prediction of {tuple(pred.shape)} pixels cannot be compared with a mask "
-                         f"of {tuple(true.shape)}")
+        raise ValueError(f"a prediction of {tuple(pred.shape)} pixels cannot be compared with a "
+                         f"mask of {tuple(true.shape)}")
     overlap, union = (pred & true).sum().item(), (pred | true).sum().item()
     return (2 * overlap / (overlap + union), overlap / union) if union else (1.0, 1.0)
 
@@ -58,9 +59,9 @@ def pranet_dice_iou(probability, true):
     """Dice and IoU of one image as PraNet's evaluation reports them (2020): the means over 256
     thresholds.
 
-    probability float (H, W) is stretched to 0..255 by its own minimum and maximum and rounded, as
-    if saved to a PNG; the prediction at threshold t = 0..255 is {value >= t}. No overlap counts 0,
-    also when the mask is empty (as in their code)."""
+    probability float (H, W) is stretched to 0..255 by its own minimum and maximum and rounded,
+    as if saved to a PNG; the prediction at threshold t = 0..255 is {value >= t}. No overlap
+    counts 0, also when the mask is empty (as in their code)."""
     low, high = probability.min(), probability.max()
     value = ((probability - low) / (high - low).clamp(min=1e-8) * 255).round().long()    # (H, W)
 
@@ -90,7 +91,8 @@ def score(probability, true):
 
 
 def summary(scores, groups, seed=0):
-    """scores (n, 6), a Score a row -> the columns of a table's row; the interval draws groups."""
+    """scores (n, 6), a Score a row -> the columns of a table's row; the interval draws
+    groups."""
     dice, iou, both, either, pranet_dice, pranet_iou = np.asarray(scores, dtype=float).T
     interval = interval_of(measure(scores, groups), seed)
     numbers = {"Dice": dice.mean(), **interval, "IoU": iou.mean(),
@@ -136,10 +138,6 @@ def frozen_tokens(model, paths, kind, size, mirror, folder="features", dtype=tor
     return Kept(file, paths, compute, shape, "<f2")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and prediction
-
-
 # ---------------------------------------------------------------------------------------------
 # Training and prediction
 
@@ -155,24 +153,25 @@ def logits(head, tokens, size, dtype=torch.float32):
 
 
 def segmentation_loss(logits, masks):
-    """Binary cross-entropy per pixel plus soft Dice per image: (B, H, W) logits, (B, H, W) 0 or 1
-    -> scalar.
+    """Binary cross-entropy per pixel plus soft Dice per image: (B, H, W) logits, (B, H, W) 0 or
+    1 -> scalar.
 
-    One logit with a sigmoid, since a softmax over two would have the same solutions. One pixel of
-    smoothing defines empty masks."""
+    One logit with a sigmoid, since a softmax over two would have the same solutions. One pixel
+    of smoothing defines empty masks."""
     p = logits.sigmoid()
     dice = (2 * (p * masks).sum((1, 2)) + 1) / (p.sum((1, 2)) + masks.sum((1, 2)) + 1)
     return F.binary_cross_entropy_with_logits(logits, masks) + (1 - dice).mean()
 
 
 def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0, dtype=torch.float32):
-    """Train a head in place: AdamW, linear warm-up and then linear decay to 0 (the "poly" schedule
-    of power 1).
+    """Train a head in place: AdamW, linear warm-up and then linear decay to 0 (the "poly"
+    schedule of power 1).
 
-    tokens: n arrays (V, L, 1 + N, D), view 1 of V <= 2 being the mirror image; masks (n, S, S) bool
-    tensor. Every step draws `batch` different frames, each as it is or mirrored. Leaves the head in
-    evaluation mode and returns the last loss."""
-    device, rng, warmup = next(head.parameters()).device, np.random.default_rng(seed), max(steps // 20, 1)
+    tokens: n arrays (V, L, 1 + N, D), view 1 of V <= 2 being the mirror image; masks (n, S, S)
+    bool tensor. Every step draws `batch` different frames, each as it is or mirrored. Leaves the
+    head in evaluation mode and returns the last loss."""
+    device, rng = next(head.parameters()).device, np.random.default_rng(seed)
+    warmup = max(steps // 20, 1)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
@@ -237,7 +236,8 @@ def prior(masks, val_masks):
 
 
 def masks_of(labelled, rows, size=None):
-    """The masks of these frames: a list at their own sizes, or with `size` one (n, S, S) tensor."""
+    """The masks of these frames: a list at their own sizes, or with `size` one (n, S, S)
+    tensor."""
     masks = [read_mask(labelled.masks[i], size) for i in rows]
     return masks if size is None else torch.stack(masks)
 
@@ -272,8 +272,8 @@ def choose_head(args, model, kind, labelled):
 
 
 def test_head(predicted, labelled, rows, path):
-    """Score predicted(image, shape) -> probability on the test frames and draw the panels (no path,
-    no panels): (n, 6), a Score a row."""
+    """Score predicted(image, shape) -> probability on the test frames and draw the panels (no
+    path, no panels): (n, 6), a Score a row."""
     scores, preds, masks = [], [], masks_of(labelled, rows)
     frames = [labelled.paths[i] for i in rows]
     for frame, mask in zip(tqdm(frames, desc="test", unit="frame", disable=None), masks):
@@ -293,8 +293,9 @@ def panels_path(args, *words):
 
 def result_row(args, about, tested, scores):
     groups = groups_of(tested)
-    return {"table": "results"} | about | {"tested on": tested.words} | summary(
-        scores, groups, args.seed) | {"frames tested": len(groups), "groups tested": len(set(groups))}
+    return ({"table": "results"} | about | {"tested on": tested.words}
+            | summary(scores, groups, args.seed)
+            | {"frames tested": len(groups), "groups tested": len(set(groups))})
 
 
 def groups_of(tested):
@@ -306,7 +307,7 @@ def evaluate(args, labelled, sets, models):
     few-label table, the differences between backbones. Heads of checkpoints are written."""
     split, rows, measured = labelled.splits[0], [], {}
     train_masks = masks_of(labelled, split.train, 224)
-    data.refuse_one_sided(train_masks, labelled.name)  # where nothing is polyp, nothing scores 1.000
+    data.refuse_one_sided(train_masks, labelled.name)  # nothing for nothing would score 1.000
     where = prior(train_masks, masks_of(labelled, split.val))
     for tested in sets:
         scores = test_head(lambda image, shape: resize(where, shape), tested.labelled,
@@ -331,7 +332,8 @@ def evaluate(args, labelled, sets, models):
                 of_head.append(result_row(args, about, tested, scores) | more
                                | {"panels": panels.name})
             rows += of_head
-            save_polyp_head(args, name, model, kind, head, chosen | {"test sizes": sizes}, of_head[0])
+            chosen = chosen | {"test sizes": sizes}
+            save_polyp_head(args, name, model, kind, head, chosen, of_head[0])
         rows += few_shot(args, labelled, name, model)
         model.to("cpu")
     return rows + differences(measured, comparisons(args, models), args.seed)
@@ -352,9 +354,9 @@ def save_polyp_head(args, backbone, model, kind, head, setting, row):
 
 
 def few_shot(args, labelled, backbone, model):
-    """A row per number of --shots: mean Dice and its standard deviation over DRAWS draws of so many
-    training frames, the linear head at a fixed rate. Larger draws contain the smaller ones, and
-    every backbone gets the same."""
+    """A row per number of --shots: mean Dice and its standard deviation over DRAWS draws of so
+    many training frames, the linear head at a fixed rate. Larger draws contain the smaller ones,
+    and every backbone gets the same."""
     if not args.shots:
         return []
     split, rows, size = labelled.splits[0], [], args.sizes["linear"]
@@ -383,12 +385,13 @@ def few_shot(args, labelled, backbone, model):
 
 
 def pranet_sets(root):
-    """PraNet's five test sets. A Kvasir-SEG beside them would be no substitute: its training frames
-    are among PraNet's test frames."""
+    """PraNet's five test sets. A Kvasir-SEG beside them would be no substitute: its training
+    frames are among PraNet's test frames."""
     places = (pathlib.Path(root) / sub for sub in ("TestDataset", "data/TestDataset"))
     folder = next(place for place in places if place.is_dir())
-    loaded = {f.name: data.load_pranet(root, f.name) for f in sorted(folder.iterdir()) if f.is_dir()}
-    return [Tested(name, found, [found.splits[0].test]) for name, found in loaded.items()]
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir())
+    loaded = [data.load_pranet(root, name) for name in names]
+    return [Tested(name, found, [found.splits[0].test]) for name, found in zip(names, loaded)]
 
 
 def parse(argv):
@@ -420,8 +423,8 @@ def parse(argv):
         raise SystemExit(f"--boosted-size {args.boosted_size}: give a multiple of the patch size, "
                          "14 pixels")
     if min(test_sizes(args, "boosted")) < 14:
-        raise SystemExit(f"--scales {min(args.scales):g}: {args.boosted_size} pixels times that are "
-                         "less than a patch of 14")
+        raise SystemExit(f"--scales {min(args.scales):g}: {args.boosted_size} pixels times that "
+                         "are less than a patch of 14")
     return args
 
 

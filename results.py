@@ -1,5 +1,5 @@
-"""From frozen features to a table of results: the flags and sets that every probe opens, the choice
-on validation, few labels, paired differences, intervals, tables.
+"""From frozen features to a table of results: the flags and sets that every probe opens, the
+choice on validation, few labels, paired differences, intervals, tables.
 
     args = arguments(__doc__, "landmarks").parse_args(argv)
     prepare(args, "landmarks")
@@ -31,13 +31,14 @@ from frozen import frozen_features, head_path, one_sentence, random_name, save_h
 # ---------------------------------------------------------------------------------------------
 # Flags, and what they open
 
-VIEW = ("how a frame becomes the backbone's square: short side resized and the middle cropped, or all "
-        "of it stretched, as the polyp heads see it, so that heads of all tasks can share one pass")
+VIEW = ("how a frame becomes the backbone's square: short side resized and the middle cropped, or "
+        "all of it stretched, as the polyp heads see it, so that all heads can share one pass")
 
 
 def arguments(doc, task, size=224, otherwise=""):
-    """The parser of the flags that all probes share; `otherwise`: what a --size of None means."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0],
+    """The parser of the flags that all probes share; `otherwise`: what a --size of None
+    means."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("checkpoints", nargs="*",
@@ -169,8 +170,8 @@ def bootstrap_interval(statistic, groups, n=1000, seed=0):
     replacement.
 
     groups: one name per sample. statistic may return a number or an array, and nan where a draw
-    leaves it undefined (such draws are left out). Returns (low, high), nan when there is a single
-    group: nothing is known then."""
+    leaves it undefined (such draws are left out). Returns (low, high), nan when there is a
+    single group: nothing is known then."""
     _, group_of = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(group_of == g) for g in range(group_of.max(initial=-1) + 1)]
     if len(members) < 2:
@@ -393,7 +394,8 @@ def save_classifier(args, task, backbone, model, labelled, head, chosen, metrics
 
 
 def few_shot(args, task, labelled, backbone, model, features):
-    """A row per number of labelled frames per class: mean and standard deviation over DRAWS draws.
+    """A row per number of labelled frames per class: mean and standard deviation over DRAWS
+    draws.
 
     The frames of a draw are the first of one shuffled order per class, so that larger draws
     contain the smaller ones, and the same for every backbone. A class with fewer training frames
@@ -451,8 +453,8 @@ def started_from(model, checkpoints):
 
 
 def differences(measured, pairs, seed):
-    """For every (backbone, other) of pairs, the paired difference on each head and test set: both
-    are scored on the same draw of groups, a thousand times.
+    """For every (backbone, other) of pairs, the paired difference on each head and test set:
+    both are scored on the same draw of groups, a thousand times.
 
     measured: {(backbone, head, words of the test set): Measured}"""
     rows = []
@@ -536,8 +538,8 @@ def about_set(tested):
 
 
 def report(args, title, rows, labelled, sets, about):
-    """Complete the rows with where they come from, print the tables and confusion matrices, write
-    the JSON. about: what the probe adds to the head of its tables."""
+    """Complete the rows with where they come from, print the tables and confusion matrices,
+    write the JSON. about: what the probe adds to the head of its tables."""
     split, dtype = labelled.splits[0], precision_of(args)
     precision = next(name for name, value in vit.PRECISIONS.items() if value == dtype)
     about = {
@@ -562,6 +564,8 @@ def report(args, title, rows, labelled, sets, about):
             print(markdown_table([{"true": c} | dict(zip(labelled.classes, counts))
                                   for c, counts in zip(labelled.classes, row["confusion"])]))
     write_rows(rows, args.json)
-    written = sorted({str(head_path(args, c, "*", "*")) for c in args.checkpoints})
-    print(f"\nrows: {args.json}" + "".join(f"\nheads: {path}" for path in written))
+    print(f"\nrows: {args.json}")
+    for c in args.checkpoints:
+        print(f"heads: python predict.py {c} --heads {head_path(args, c, '*', '*')} "
+              "--data FRAMES --out OUT")
     return rows

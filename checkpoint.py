@@ -321,11 +321,13 @@ def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths):
 # --- going on ----------------------------------------------------------------------------------
 
 
-def resume(model, optimizer, args, global_batch, say):
-    """Where the run stands: {"step": steps done, "seen": frames seen, "skips", "best", "probe":
-    what `best` was measured on, "global_batch"}; model and optimiser are filled if it goes on.
-    Process 0 decides and reads."""
-    begin = {"step": 0, "seen": 0, "skips": 0, "best": -math.inf, "probe": None}
+def resume(model, optimizer, args, global_batch, say, defaults=None):
+    """Where the run stands: {"step": steps done, "seen": frames seen, "skips", "overflows": in a
+    row, "scaler": its state, "best", "probe": what `best` was measured on, "global_batch"}; model
+    and optimiser are filled if it goes on. Process 0 decides and reads. defaults: of flags that
+    the file may be too old to have."""
+    begin = {"step": 0, "seen": 0, "skips": 0, "overflows": 0, "scaler": {}, "best": -math.inf,
+             "probe": None}
     state = {}  # the file's contents, in process 0
 
     def read():
@@ -333,6 +335,7 @@ def resume(model, optimizer, args, global_batch, say):
         if path is None:
             return begin, None
         state.update(read_run(path))
+        state["args"] = json.loads(json.dumps(defaults or {})) | state["args"]
         say(*check_same_run(state["args"], args, path), sep="\n", end="")
         for part in ("student", "teacher"):
             vit.check_same_tensors(getattr(model, part).state_dict(), state[part], path)

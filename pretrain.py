@@ -1,13 +1,15 @@
-"""Pre-training: DINOv2 self-supervision on unlabelled endoscopy frames, from a folder of images to a teacher.
+"""Pre-training: DINOv2 self-supervision on unlabelled endoscopy frames, from a folder of images
+to a teacher.
 
-    python pretrain.py --arch vitt14 --recipe demo            # minutes on a laptop's CPU, on synthetic frames made on first use
-    torchrun --nproc-per-node gpu pretrain.py --arch vitb14 --data FRAMES                     # one process per GPU, DDP
-    torchrun --nproc-per-node gpu pretrain.py --arch vitb14 --data FRAMES --recipe adapt --init dinov2_vitb14_pretrain.pth
-    torchrun --nproc-per-node gpu pretrain.py --arch vitg14 --data FRAMES --recipe scratch-long --shard            # FSDP2
+    python pretrain.py --arch vitt14 --recipe demo       # a laptop: minutes, on synthetic frames
+    torchrun --nproc-per-node gpu pretrain.py --arch vitb14 --data FRAMES   # a process per GPU, DDP
+    torchrun ... pretrain.py --data FRAMES --recipe adapt --init dinov2_vitb14_pretrain.pth
+    torchrun ... pretrain.py --data FRAMES --recipe scratch-long --arch vitg14 --shard       # FSDP2
 
-A killed run goes on where it stopped when the same command is given again. The run folder (runs/<arch>-<recipe>) holds
-args.json, log.jsonl, last.pt (everything needed to go on), teacher_<step>.pt and best.pt (for the probes).
-Every random draw is a function of (seed, step, process or frame), so the state of the random numbers is the step.
+A killed run goes on where it stopped when the same command is given again. The run folder
+(runs/<arch>-<recipe>) holds args.json, log.jsonl, last.pt (everything needed to go on),
+teacher_<step>.pt and best.pt (for the probes). Every random draw is a function of (seed, step,
+process or frame), so the state of the random numbers is the step.
 """
 import argparse
 import contextlib
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import augment
@@ -34,125 +36,26 @@ import data
 import dino_loss as losses
 import synthetic
 import vit
-from checkpoint import (Saver, anywhere, check_agreement, check_room, cut_log, digest, keep_nonfinite, on_rank_0, plain,
-                        plain_teacher, reset_best, resume, run_folder, stored_size, together, writing)
-from dino import DINOv2, clip_gradients, cosine_schedule, everywhere, make_schedules, param_groups, train_step  # noqa: F401
+from checkpoint import (Saver, anywhere, check_agreement, check_room, cut_log, digest,
+                        keep_nonfinite, on_rank_0, plain, plain_teacher, reset_best, resume,
+                        run_folder, stored_size, together, writing)
+from dino import (DINOv2, clip_gradients, cosine_schedule, everywhere,  # noqa: F401
+                  make_schedules, param_groups, train_step)
 
-# One row per recipe; every entry is the default of the flag of that name. Warm-ups and freezes are fractions of --steps.
-# scratch and scratch-long are DINOv2's vitl16_short and vitl14/vitg14 configurations, except that local crops are 98 px
-# (96 is no multiple of 14) and ViT-L keeps its MLP (the SwiGLU L of the long configuration was never released).
-# adapt follows Meta's two-stage warm start (arXiv 2606.05107, FINO): new heads settle on a frozen backbone, then a ramp.
-# demo is ours, for hundreds of frames and steps. With DINOv2's values so short a run never leaves the plateau where teacher and
-# student are uniform: Sinkhorn spreads each of 2B rows over K / 2B prototypes, so K is small; the teacher is sharp and follows fast;
-# the crops are large and keep their colour, so that two crops of one frame have something in common to be found.
-RECIPES = {
-    "scratch": dict(
-        steps=125_000, batch=64, lr=4e-3, min_lr=1e-6, warmup=0.1, layerwise_decay=0.9, weight_decay=0.04, weight_decay_end=0.4,
-        momentum=0.992, teacher_temp_start=0.04, teacher_temp=0.07, temp_warmup=0.3, freeze_last_layer=0.01, freeze_backbone=0.0,
-        backbone_ramp=0.0, drop_path=0.3, prototypes=65536, bottleneck=256, separate_heads=False, centering="centering", koleo=0.1,
-        global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), hue=True, grayscale=True,
-        solarize=True),
-    "scratch-long": dict(
-        steps=625_000, batch=32, lr=2e-4, min_lr=1e-6, warmup=0.16, layerwise_decay=1.0, weight_decay=0.04, weight_decay_end=0.2,
-        momentum=0.994, teacher_temp_start=0.04, teacher_temp=0.07, temp_warmup=0.06, freeze_last_layer=0.002, freeze_backbone=0.0,
-        backbone_ramp=0.0, drop_path=0.4, prototypes=131072, bottleneck=384, separate_heads=True, centering="sinkhorn", koleo=0.1,
-        global_size=224, local_size=98, local_crops=8, global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), hue=True, grayscale=True,
-        solarize=True),
-    "adapt": dict(
-        steps=25_000, batch=64, lr=2e-4, min_lr=-1.0, warmup=0.12, layerwise_decay=0.9, weight_decay=0.04, weight_decay_end=0.04,
-        momentum=0.994, teacher_temp_start=0.04, teacher_temp=0.07, temp_warmup=0.3, freeze_last_layer=0.018, freeze_backbone=0.4,
-        backbone_ramp=0.04, drop_path=0.1, prototypes=65536, bottleneck=256, separate_heads=True, centering="sinkhorn", koleo=0.1,
-        global_size=224, local_size=98, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), hue=True, grayscale=True,
-        solarize=True),
-    "demo": dict(
-        steps=200, batch=32, lr=1.2e-2, min_lr=1e-6, warmup=0.1, layerwise_decay=1.0, weight_decay=0.04, weight_decay_end=0.4,
-        momentum=0.9, teacher_temp_start=0.02, teacher_temp=0.03, temp_warmup=0.3, freeze_last_layer=0.01, freeze_backbone=0.0,
-        backbone_ramp=0.0, drop_path=0.0, prototypes=128, bottleneck=256, separate_heads=True, centering="sinkhorn", koleo=0.02,
-        global_size=98, local_size=42, local_crops=4, global_scale=(0.5, 1.0), local_scale=(0.2, 0.6), hue=False, grayscale=False,
-        solarize=False),
-}
-SHRINK_ON_CPU = ("steps", "batch", "prototypes", "global_size", "local_size")  # taken from demo where there is no GPU
+# --- recipes and flags -------------------------------------------------------------------------
 
-
-# --- set-up ------------------------------------------------------------------------------------
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, epilog=recipe_table())
-    box = parser.add_argument_group("what to train").add_argument
-    box("--arch", default="vitb14", choices=vit.ARCHS, help="Vision Transformer; vitt14 is the small one for CPUs")
-    box("--recipe", choices=RECIPES, help="row of the table below: the default of every flag without one here; not given, it is "
-        "scratch on a GPU and demo without one")
-    box("--init", help="warm start from a backbone: ours, released DINOv2 weights or their name "
-        "(dinov2_vits14), or a DINOv2 training checkpoint (then with its heads, where they fit); its position embedding stays as it is stored. --recipe adapt is made for it")
-    box("--seed", type=int, default=0, help="the run is a function of it, bit for bit on CPUs")
-
-    box = parser.add_argument_group("frames").add_argument
-    box("--data", help="folder of frames (sub-folder = video) or manifest.csv of curate.py; without it synthetic frames are made and used")
-    box("--frames", help="file with the stems or paths to use, one a line: keep the test frames of your probes out")
-    box("--workers", type=int, default=argparse.SUPPRESS, help="processes per process that decode and crop; not given, they share the "
-        "cores with the threads that train. Each keeps two batches in shared memory (/dev/shm), of 34 MB at --batch 64 and DINOv2's crops: "
-        "8 workers want 550 MB, and a container has 64 MB if it is not told otherwise (docker run --shm-size=8g)")
-    box("--global-size", type=int, default=argparse.SUPPRESS, help="px of the two global crops, a multiple of 14")
-    box("--local-size", type=int, default=argparse.SUPPRESS, help="px of the local crops, a multiple of 14")
-    box("--local-crops", type=int, default=argparse.SUPPRESS, help="local crops per frame; they cost most of a step")
-    box("--global-scale", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("MIN", "MAX"), help="area of a global crop in the frame")
-    box("--local-scale", type=float, nargs=2, default=argparse.SUPPRESS, metavar=("MIN", "MAX"), help="area of a local crop in the frame")
-    box("--blur", default="as-executed", choices=augment.BLUR, help="DINOv2's released weights were trained with the probabilities of its blur "
-        "inverted: as-executed repeats that, as-written is the paper's")
-    box("--hue", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="turn hues at random; colour is diagnostic in endoscopy, so try without")
-    box("--grayscale", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="drop the colour of a fifth of the crops")
-    box("--solarize", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="invert the light part of a fifth of the second global crops")
-    box("--exact-decode", action="store_true", help="never let the JPEG decoder shrink a frame that is much larger than its crops")
-
-    box = parser.add_argument_group("optimisation").add_argument
-    box("--steps", type=int, default=argparse.SUPPRESS, help="length of the run and of all schedules; warm-ups are fractions of it")
-    box("--batch", type=int, default=argparse.SUPPRESS, help="frames per process and step; Sinkhorn and KoLeo want many")
-    box("--lr", type=float, default=argparse.SUPPRESS, help="base rate for 1024 frames per step, scaled by sqrt(global batch / 1024)")
-    box("--min-lr", type=float, default=argparse.SUPPRESS, help="rate at the end of the cosine; -1 = constant after the warm-up")
-    box("--warmup", type=float, default=argparse.SUPPRESS, help="fraction of the steps over which the rate rises from 0")
-    box("--layerwise-decay", type=float, default=argparse.SUPPRESS, help="rate of each block relative to the block above; 1 = all alike")
-    box("--patch-embed-lr", type=float, default=0.2, help="further factor on the patch embedding's rate")
-    box("--weight-decay", type=float, default=argparse.SUPPRESS, help="at the first step")
-    box("--weight-decay-end", type=float, default=argparse.SUPPRESS, help="at the last step")
-    box("--momentum", type=float, default=argparse.SUPPRESS, help="of the teacher at the first step; 1 at the last. Lower it for short runs")
-    box("--clip", type=float, default=3.0, help="largest gradient norm of each submodule")
-    box("--drop-path", type=float, default=argparse.SUPPRESS, help="fraction of the frames that each residual branch leaves out")
-    box("--freeze-last-layer", type=float, default=argparse.SUPPRESS, help="fraction of the steps in which the prototypes stay")
-    box("--freeze-backbone", type=float, default=argparse.SUPPRESS, help="fraction of the steps in which the backbone stays")
-    box("--backbone-ramp", type=float, default=argparse.SUPPRESS, help="fraction of the steps over which its rate then rises")
-
-    box = parser.add_argument_group("losses").add_argument
-    box("--prototypes", type=int, default=argparse.SUPPRESS, help="K, outputs of each head; fewer for small batches")
-    box("--head-hidden", type=int, default=2048, help="width of the heads' hidden layers")
-    box("--bottleneck", type=int, default=argparse.SUPPRESS, help="width before the prototypes (DINO head; 256 in a separate iBOT head)")
-    box("--separate-heads", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="an iBOT head of its own")
-    box("--centering", choices=("sinkhorn", "centering"), default=argparse.SUPPRESS, help="how the teacher is kept from collapse")
-    box("--teacher-temp", type=float, default=argparse.SUPPRESS, help="after its warm-up; lower is sharper")
-    box("--teacher-temp-start", type=float, default=argparse.SUPPRESS, help="at the first step; too high and nothing is learnt, too low and it collapses")
-    box("--temp-warmup", type=float, default=argparse.SUPPRESS, help="fraction of the steps over which the temperature rises")
-    box("--koleo", type=float, default=argparse.SUPPRESS, help="weight of the term that spreads the class tokens; per process")
-
-    box = parser.add_argument_group("run").add_argument
-    box("--out", help="run folder; runs/<arch>-<recipe> if not given")
-    box("--resume", default="auto", help="auto = from last.pt in the run folder if there is one; no = begin anew; or a file")
-    box("--save-every", type=interval, default="10m", help="time between two last.pt: minutes with an m, or a number of steps")
-    box("--export-every", type=int, default=argparse.SUPPRESS, help="steps between two teacher_<step>.pt; 0 = only at the end; not "
-        "given, 5000 or a fiftieth of --steps, whichever is more")
-    box("--log-every", type=int, default=10, help="steps between two lines of log.jsonl")
-    box("--max-skips", type=int, default=0, help="steps with a non-finite loss or gradient that are skipped before the run stops")
-    box("--probe-every", type=int, default=0, help="steps between two scores of the teacher on labelled frames; 0 = never")
-    box("--probe-data", help="labelled frames in a layout that data.py knows; the synthetic Mayo set if not given")
-    box("--probe-task", default="mes", choices=("mes", "landmarks"), help="what they show; best.pt has the best quadratic kappa or macro F1")
-
-    box = parser.add_argument_group("machine").add_argument
-    box("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto = a GPU if there is one")
-    box("--precision", default="auto", choices=("auto", *vit.PRECISIONS), help="number type of the matrix products; auto = bf16 where the "
-        "hardware multiplies it, else fp16 on GPUs and fp32 on CPUs")
-    box("--compile", action="store_true", help="torch.compile each block: minutes of start-up, then faster")
-    box("--shard", action="store_true", help="FSDP2 instead of DDP, for a model that does not fit one GPU")
-    box("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: a third slower, far less memory")
-    return complete(parser, parser.parse_args(argv))
+# scratch and scratch-long are DINOv2's vitl16_short and vitl14/vitg14 configurations, except
+# that local crops are 98 px (96 is no multiple of 14) and ViT-L keeps its MLP (the SwiGLU L of
+# the long configuration was never released).
+# adapt follows Meta's two-stage warm start (arXiv 2606.05107, FINO): new heads settle on a frozen
+# backbone, then a ramp.
+# demo is ours, for hundreds of frames and steps. With DINOv2's values so short a run never leaves
+# the plateau where teacher and student are uniform: Sinkhorn spreads each of 2B rows over K / 2B
+# prototypes, so K is small; the teacher is sharp and follows fast; the crops are large and keep
+# their colour, so that two crops of one frame have something in common to be found.
+# one-gpu lies between the two, for a card of 16 GB; nobody has run it.
+NAMES = "scratch", "scratch-long", "adapt", "one-gpu", "demo"
+SHRINK_ON_CPU = "steps", "batch", "prototypes", "global_size", "local_size"  # to demo's values
 
 
 def interval(text):
@@ -162,59 +65,231 @@ def interval(text):
     return text if text.endswith("m") else int(text)
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each help text, and the module's docstring and the recipes as they stand."""
+ON, OFF = True, False
+PAIR = (float, float)
+
+# Every flag once: name, type or choices, default (a list: that of each recipe in NAMES), help.
+# The parser, --help, its table of recipes and RECIPES are made from this. A checkpoint that is
+# older than a flag goes on with the flag's default.
+FLAGS = {
+    "what to train": [
+        ("arch", vit.ARCHS, "vitb14", "Vision Transformer; vitt14 is the small one for CPUs"),
+        ("recipe", NAMES, None, "column of the table below: the default of many flags; if not "
+         "given, scratch on a GPU and demo without one"),
+        ("init", str, None, "warm start from a backbone: ours, released DINOv2 weights or their "
+         "name (dinov2_vits14), or a DINOv2 training checkpoint (then with its heads, where they "
+         "fit); its position embedding stays as it is stored. --recipe adapt is made for it"),
+        ("seed", int, 0, "the run is a function of it, bit for bit on CPUs"),
+    ],
+    "frames": [
+        ("data", str, None, "folder of frames (sub-folder = video) or manifest.csv of curate.py; "
+         "without it synthetic frames are made and used"),
+        ("frames", str, None, "file with the stems or paths to use, one a line: keep the test "
+         "frames of your probes out"),
+        ("workers", int, None, "processes per process that decode and crop; if not given, they "
+         "share the cores with the threads that train. Each keeps two batches in shared memory "
+         "(/dev/shm), of 34 MB at --batch 64 and DINOv2's crops: 8 workers want 550 MB, and a "
+         "container has 64 MB if it is not told otherwise (docker run --shm-size=8g)"),
+        ("global_size", int, [224, 224, 224, 224, 98],
+         "px of the two global crops, a multiple of 14"),
+        ("local_size", int, [98, 98, 98, 98, 42], "px of the local crops, a multiple of 14"),
+        ("local_crops", int, [8, 8, 8, 6, 4], "local crops per frame; they cost most of a step"),
+        ("global_scale", PAIR, [(0.32, 1.0), (0.32, 1.0), (0.4, 1.0), (0.32, 1.0), (0.5, 1.0)],
+         "area of a global crop in the frame"),
+        ("local_scale", PAIR, [(0.05, 0.32), (0.05, 0.32), (0.05, 0.4), (0.05, 0.32), (0.2, 0.6)],
+         "area of a local crop in the frame"),
+        ("blur", augment.BLUR, "as-executed", "DINOv2's released weights were trained with its "
+         "blur's probabilities inverted: as-executed repeats that, as-written is the paper's"),
+        ("hue", bool, [ON, ON, ON, ON, OFF],
+         "turn hues at random; colour is diagnostic in endoscopy, so try without"),
+        ("grayscale", bool, [ON, ON, ON, ON, OFF], "drop the colour of a fifth of the crops"),
+        ("solarize", bool, [ON, ON, ON, ON, OFF],
+         "invert the light part of a fifth of the second global crops"),
+        ("exact_decode", bool, OFF,
+         "never let the JPEG decoder shrink a frame that is much larger than its crops"),
+    ],
+    "optimisation": [
+        ("steps", int, [125_000, 625_000, 25_000, 50_000, 200],
+         "length of the run and of all schedules; warm-ups are fractions of it"),
+        ("batch", int, [64, 32, 64, 32, 32],
+         "frames per process and step; Sinkhorn and KoLeo want many"),
+        ("lr", float, [4e-3, 2e-4, 2e-4, 2e-3, 1.2e-2],
+         "base rate for 1024 frames per step, scaled by sqrt(global batch / 1024)"),
+        ("min_lr", float, [1e-6, 1e-6, -1.0, 1e-6, 1e-6],
+         "rate at the end of the cosine; -1 = constant after the warm-up"),
+        ("warmup", float, [0.1, 0.16, 0.12, 0.1, 0.1],
+         "fraction of the steps over which the rate rises from 0"),
+        ("layerwise_decay", float, [0.9, 1.0, 0.9, 0.9, 1.0],
+         "rate of each block relative to the block above; 1 = all alike"),
+        ("patch_embed_lr", float, 0.2, "further factor on the patch embedding's rate"),
+        ("weight_decay", float, [0.04, 0.04, 0.04, 0.04, 0.04], "at the first step"),
+        ("weight_decay_end", float, [0.4, 0.2, 0.04, 0.4, 0.4], "at the last step"),
+        ("momentum", float, [0.992, 0.994, 0.994, 0.99, 0.9],
+         "of the teacher at the first step; 1 at the last. Lower it for short runs"),
+        ("clip", float, 3.0, "largest gradient norm of each submodule"),
+        ("drop_path", float, [0.3, 0.4, 0.1, 0.1, 0.0],
+         "fraction of the frames that each residual branch leaves out"),
+        ("freeze_last_layer", float, [0.01, 0.002, 0.018, 0.01, 0.01],
+         "fraction of the steps in which the prototypes stay"),
+        ("freeze_backbone", float, [0.0, 0.0, 0.4, 0.0, 0.0],
+         "fraction of the steps in which the backbone stays"),
+        ("backbone_ramp", float, [0.0, 0.0, 0.04, 0.0, 0.0],
+         "fraction of the steps over which its rate then rises"),
+    ],
+    "losses": [
+        ("prototypes", int, [65536, 131072, 65536, 2048, 128],
+         "K, outputs of each head; fewer for small batches"),
+        ("head_hidden", int, 2048, "width of the heads' hidden layers"),
+        ("bottleneck", int, [256, 384, 256, 256, 256],
+         "width before the prototypes (DINO head; 256 in a separate iBOT head)"),
+        ("separate_heads", bool, [OFF, ON, ON, ON, ON], "an iBOT head of its own"),
+        ("centering", ("sinkhorn", "centering"),
+         ["centering", "sinkhorn", "sinkhorn", "sinkhorn", "sinkhorn"],
+         "how the teacher is kept from collapse"),
+        ("teacher_temp", float, [0.07, 0.07, 0.07, 0.05, 0.03],
+         "after its warm-up; lower is sharper"),
+        ("teacher_temp_start", float, [0.04, 0.04, 0.04, 0.03, 0.02],
+         "at the first step; too high and nothing is learnt, too low and it collapses"),
+        ("temp_warmup", float, [0.3, 0.06, 0.3, 0.3, 0.3],
+         "fraction of the steps over which the temperature rises"),
+        ("koleo", float, [0.1, 0.1, 0.1, 0.05, 0.02],
+         "weight of the term that spreads the class tokens; per process"),
+    ],
+    "run": [
+        ("out", str, None, "run folder; runs/<arch>-<recipe> if not given"),
+        ("resume", str, "auto", "auto = from last.pt in the run folder if there is one; no = "
+         "begin anew; or a file"),
+        ("save_every", interval, "10m",
+         "time between two last.pt: minutes with an m, or a number of steps"),
+        ("export_every", int, None, "steps between two teacher_<step>.pt; 0 = only at the end; if "
+         "not given, 5000 or a fiftieth of --steps, whichever is more"),
+        ("log_every", int, 10, "steps between two lines of log.jsonl"),
+        ("max_skips", int, 0,
+         "steps with a non-finite loss or gradient that are skipped before the run stops"),
+        ("probe_every", int, 0,
+         "steps between two scores of the teacher on labelled frames; 0 = never"),
+        ("probe_data", str, None,
+         "labelled frames in a layout that data.py knows; the synthetic Mayo set if not given"),
+        ("probe_task", ("mes", "landmarks"), "mes",
+         "what they show; best.pt has the best quadratic kappa or macro F1"),
+    ],
+    "machine": [
+        ("device", ("auto", "cuda", "mps", "cpu"), "auto",
+         "auto = a CUDA GPU if there is one; mps, an Apple GPU, was never run by the authors"),
+        ("precision", ("auto", *vit.PRECISIONS), "auto", "number type of the matrix products; "
+         "auto = bf16 where the hardware multiplies it, else fp16 on GPUs and fp32 on CPUs"),
+        ("compile", bool, OFF, "torch.compile each block: minutes of start-up, then faster"),
+        ("shard", bool, OFF, "FSDP2 instead of DDP, for a model that does not fit one GPU"),
+        ("checkpoint_activations", bool, OFF,
+         "recompute blocks in the backward pass: a third slower, far less memory"),
+    ],
+}
+ROWS = {row[0]: row for rows in FLAGS.values() for row in rows}
+RECIPES = {recipe: {name: default[i] for name, _, default, _ in ROWS.values() if type(default) is list}
+           for i, recipe in enumerate(NAMES)}
+
+
+def defaults(recipe, device):
+    """{flag: the value it has where it is not given}."""
+    row = {name: default for name, _, default, _ in ROWS.values()} | RECIPES[recipe]
+    if device == "cpu":
+        row |= {name: RECIPES["demo"][name] for name in SHRINK_ON_CPU}
+    return row
+
+
+def parse(argv=None):
+    """The arguments of a run as a namespace, complete and checked."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=recipe_table(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, rows in FLAGS.items():
+        box = parser.add_argument_group(title)
+        for row in rows:
+            add_flag(box, *row)
+    return complete(parser, parser.parse_args(argv))
+
+
+def add_flag(box, name, kind, default, help):
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif kind is PAIR:
+        how = {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")}
+    else:
+        how = {"type": kind} if callable(kind) else {"choices": kind}
+    if default is not None:
+        help += f" (default: {'that of the recipe' if isinstance(default, list) else default})"
+    box.add_argument(flag(name), default=argparse.SUPPRESS, help=help, **how)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def recipe_table():
-    lines = ["recipes:", "  " + " " * 19 + "".join(f"{name:>14}" for name in RECIPES)]
-    for key in RECIPES["scratch"]:
-        values = [recipe[key] for recipe in RECIPES.values()]
-        lines.append(f"  --{key.replace('_', '-'):<18}" + "".join(f"{' '.join(map(str, v)) if isinstance(v, tuple) else v!s:>14}" for v in values))
-    return "\n".join(lines + ["", "ViT-L keeps its MLP in every recipe. Without a GPU " + ", ".join(SHRINK_ON_CPU) + " default to demo's."])
+    lines = ["recipes:", " " * 22 + "".join(f"{name:>14}" for name in NAMES)]
+    for name in RECIPES["scratch"]:
+        values = [recipe[name] for recipe in RECIPES.values()]
+        cells = (" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+        lines.append(f"  {flag(name):<20}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join([*lines, "", "ViT-L keeps its MLP in every recipe. Without a GPU "
+                      + ", ".join(map(flag, SHRINK_ON_CPU)) + " default to demo's."])
 
 
-def complete(parser, args):
-    """Fill in what was not given: the device, then the recipe's row, shrunk without a GPU."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.recipe is None:
-        args.recipe = "scratch" if args.device != "cpu" else "demo"
+def complete(parser, given):
+    """Fill in what was not given: the device, the recipe, then what follows from them."""
+    given = vars(given)
+    device = given.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = given.get("recipe")
+    if recipe is None:
+        recipe = "demo" if device == "cpu" else "scratch"
         if os.environ.get("RANK", "0") == "0":
-            print(f"no --recipe: {args.recipe}, " + ("made for hundreds of steps on a CPU" if args.device == "cpu" else "DINOv2's own"))
-    row, given = dict(RECIPES[args.recipe]), vars(args)
-    if args.device == "cpu":
-        row |= {key: RECIPES["demo"][key] for key in SHRINK_ON_CPU}
-    args = argparse.Namespace(**{**row, **given})
-    args.workers, args.threads = share_cores(cores(), args.device != "cpu", threads_set(), given.get("workers"))
-    args.export_every = given.get("export_every", max(5000, math.ceil(args.steps / 50)))
-    args.out = args.out or f"runs/{args.arch}-{args.recipe}"
+            print(f"no --recipe: {recipe}, which is made for "
+                  + ("hundreds of steps on a CPU" if recipe == "demo" else "long runs on GPUs"))
+    given |= {"device": device, "recipe": recipe}
+    args = argparse.Namespace(**defaults(recipe, device) | given)
+    gpu = device != "cpu"
+    args.workers, args.threads = share_cores(cores(), gpu, threads_set(), args.workers)
+    if args.export_every is None:
+        args.export_every = max(5000, math.ceil(args.steps / 50))
+    args.out = args.out or f"runs/{args.arch}-{recipe}"
     for name in ("global_size", "local_size"):
-        if getattr(args, name) % 14 or getattr(args, name) < 28:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: crops are squares of 14 px patches, so a multiple of 14 from 28 up")
+        size = getattr(args, name)
+        if size % 14 or size < 28:
+            parser.error(f"{flag(name)} {size}: crops are squares of 14 px patches, so a "
+                         "multiple of 14 from 28 up")
     for name in ("steps", "batch", "local_crops", "prototypes", "log_every"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            parser.error(f"{flag(name)} must be at least 1")
     return args
 
 
+# --- set-up ------------------------------------------------------------------------------------
+
+
 def cores():
-    """Cores of this process: those that its affinity allows, shared with the other processes that torchrun started here."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    """Cores of this process: those that its affinity allows, shared with the other processes that
+    torchrun started here."""
+    allowed = range(os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
     return max(1, len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def threads_set():
-    """OMP_NUM_THREADS, or None where it is not set to a number; torchrun sets it to 1 for several processes."""
+    """OMP_NUM_THREADS, or None where it is not set to a number; torchrun sets it to 1 for
+    several processes."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() and int(value) else None
 
 
 def share_cores(n, gpu=False, threads=None, workers=None):
-    """How a process uses its n cores: (loader processes, threads that train); what is given stays.
+    """How a process uses its n cores: (loader processes, threads that train); what is given
+    stays.
 
-    A core that trains on a CPU takes about a seventh of what a core decodes, so from 4 cores on one in eight decodes, and
-    below that the threads fetch their own batches. A GPU is fed by all cores but one, 8 at most."""
+    A core that trains on a CPU takes about a seventh of what a core decodes, so from 4 cores on
+    one in eight decodes, and below that the threads fetch their own batches. A GPU is fed by all
+    cores but one, 8 at most."""
     if workers is None:
         most = 8 if gpu or threads else (n + 4) // 8
         workers = max(int(gpu), min(most, n - (threads or 1)))
@@ -223,21 +298,29 @@ def share_cores(n, gpu=False, threads=None, workers=None):
 
 def start(args):
     """Join the process group that torchrun announces, if it does: (device, rank, world size)."""
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cpu")
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
     if args.device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise SystemExit(f"--device cuda: process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
-                             "start fewer processes or use --device cpu")
+            raise SystemExit(f"--device cuda: process {local_rank} of this machine has no GPU "
+                             f"({torch.cuda.device_count()} found); start fewer processes or "
+                             "use --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as DINOv2
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    if args.device == "mps" and (world > 1 or args.shard):
+        raise SystemExit("--device mps takes one process and no --shard")
     if world > 1 or args.shard:
         store = None if "RANK" in os.environ else dist.HashStore()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, store=store,
-                                timeout=datetime.timedelta(hours=2))  # the others wait while rank 0 probes
-    args.number_type = next(name for name, dtype in vit.PRECISIONS.items() if dtype == vit.precision(device, args.precision))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank,
+                                world_size=world, store=store,
+                                timeout=datetime.timedelta(hours=2))  # rank 0's probe is long
+    names = {dtype: name for name, dtype in vit.PRECISIONS.items()}
+    args.number_type = names[vit.precision(device, args.precision)]
     return device, rank, world
 
 
@@ -257,8 +340,9 @@ def open_frames(args, say):
 
 
 def build_model(args, say):
-    """Student and teacher on the CPU, the same in every process. The position embedding keeps the grid of --init's file, or
-    of the run that goes on; a new one has a global crop's. `forward` interpolates it for crops of other sizes."""
+    """Student and teacher on the CPU, the same in every process. The position embedding keeps
+    the grid of --init's file, or of the run that goes on; a new one has a global crop's.
+    `forward` interpolates it for crops of other sizes."""
     torch.manual_seed(args.seed)
     size, loaded = stored_size(args), None
     if args.init:
@@ -267,10 +351,12 @@ def build_model(args, say):
         except (OSError, ValueError) as error:
             raise SystemExit(f"--init: {error}") from error
         size = 14 * math.isqrt(loaded.pos_embed.shape[1] - 1)
-    backbone = vit.build_vit(args.arch, image_size=size or args.global_size, drop_path=args.drop_path)
+    size = size or args.global_size
+    backbone = vit.build_vit(args.arch, image_size=size, drop_path=args.drop_path)
     if loaded:
         try:
-            vit.check_same_tensors(backbone.state_dict(), loaded.state_dict(), f"--arch {args.arch} --init {args.init}")
+            vit.check_same_tensors(backbone.state_dict(), loaded.state_dict(),
+                                   f"--arch {args.arch} --init {args.init}")
         except ValueError as error:
             raise SystemExit(f"--init: {error}") from error
         backbone.load_state_dict(loaded.state_dict())
@@ -284,10 +370,12 @@ def build_model(args, say):
 
 
 def load_heads(model, path, say):
-    """Take the file's heads into student and teacher where it has them and they fit; they stay new otherwise."""
+    """Take the file's heads into student and teacher where it has them and they fit; they stay
+    new otherwise."""
     teacher = vit.read_checkpoint(path).get("teacher", {})
     for name in ("dino_head", "ibot_head"):
-        state = {k.removeprefix(name + "."): v for k, v in teacher.items() if k.startswith(name + ".")}
+        prefix = name + "."
+        state = {k.removeprefix(prefix): v for k, v in teacher.items() if k.startswith(prefix)}
         if not state or name not in model.student:
             continue
         try:
@@ -308,26 +396,56 @@ def distribute(model, args, device, world):
         for block in [*model.student["backbone"].blocks, *model.teacher["backbone"].blocks]:
             block.compile()
     if args.shard:
-        for part in (model.student, model.teacher):
-            for module in [*part["backbone"].blocks, *list(part.values())[1:]]:
-                fully_shard(module)
-        return fully_shard(model)  # the rest: embeddings and final norms, so that forward_packed needs no hook of its own
+        return shard(model, vit.precision(device, args.precision))
     if world > 1:
-        return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                                   gradient_as_bucket_view=True)
+        devices = [device.index] if device.type == "cuda" else None
+        # the centres are equal in all processes already: they are made from the rows of all
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model
+
+
+def shard(model, dtype):
+    """Split every tensor among the processes (FSDP2). What a block multiplies with is gathered in
+    `dtype`, used, and thrown away until the backward pass gathers it again: autocast's own copies
+    would stay from the forward to the backward pass, 2 bytes a weight. Norms and LayerScale, which
+    are few, and the residual stream are float32, as is every sum of gradients."""
+    products = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
+                                    reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (model.student, model.teacher):
+        for block in part["backbone"].blocks:
+            fully_shard(block.attn, mp_policy=products)
+            fully_shard(block.mlp, mp_policy=products)
+            fully_shard(block)
+        for name, head in part.items():
+            if name != "backbone":
+                fully_shard(head)
+    return fully_shard(model)  # the rest: embeddings and final norms, so that packing needs no hook
 
 
 def check_compiler(device):
     """On a CPU torch.compile writes C++: say at once where nothing can compile it."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch._inductor.config
+    usual = "clang++" if sys.platform == "darwin" else "g++"  # as torch._inductor.config
+    compiler = os.environ.get("CXX") or usual
     if device.type == "cpu" and not shutil.which(compiler):
-        raise SystemExit(f"--compile needs a C++ compiler on a CPU and {compiler} is not there: install it, name another one in "
-                         "the environment variable CXX, or leave --compile out")
+        raise SystemExit(f"--compile needs a C++ compiler on a CPU and {compiler} is not there: "
+                         "install it, name another one in the environment variable CXX, or leave "
+                         "--compile out")
 
 
 def make_optimizer(model, args):
-    return torch.optim.AdamW(param_groups(model.student, args.layerwise_decay, args.patch_embed_lr), lr=0.0, betas=(0.9, 0.999), fused=True)
+    groups = param_groups(model.student, args.layerwise_decay, args.patch_embed_lr)
+    fused = args.device != "mps"  # fused, it takes the verdict on a step on the device
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=fused)
+
+
+def make_scaler(args, device, state=None):
+    """float16 ends at 6e-8, where most gradients lie: they are computed 2^16 times as large, and a
+    little less or more from then on. Disabled where products are in other types."""
+    scaler = torch.amp.GradScaler(device.type, enabled=args.number_type == "fp16")
+    if state:
+        scaler.load_state_dict(state)
+    return scaler
 
 
 def autocast_for(args, device):
@@ -379,41 +497,55 @@ def next_batch(batches, skipped, log, step, trouble):
 
 
 def healthy_cross_entropies(n_prototypes, bottleneck, temp, student_temp=0.1, draws=32):
-    """Between which values a new network's cross-entropy lies, in nats per pair: (low, high), each with four deviations
-    over the draw of the prototypes. low: the student says what the teacher says; high: they have nothing in common.
+    """Between which values a new network's cross-entropy lies, in nats per pair: (low, high),
+    each with four deviations over the draw of the prototypes. low: the student says what the
+    teacher says; high: they have nothing in common.
 
-    Logits are cosines in `bottleneck` dimensions, so z is nearly normal with deviation bottleneck^-1/2. On average over z
-    the cross-entropy is a little over ln K. A teacher that is not centred yet puts its weight softmax(z / temp) on the
-    largest z; crops of one image are alike to a new network, so there the student's z is large as well."""
-    z = torch.randn(draws, n_prototypes, generator=torch.Generator().manual_seed(0)) / math.sqrt(bottleneck)
-    surprise = -(z / student_temp).log_softmax(1)                                  # (draws, K)
-    alike, unrelated = ((z / temp).softmax(1) * surprise).sum(1), surprise.mean(1)  # (draws,)
-    return float(alike.mean() - 4 * alike.std()), float(unrelated.mean() + 4 * unrelated.std())
+    Logits are cosines in `bottleneck` dimensions, so z is nearly normal with deviation
+    bottleneck^-1/2. On average over z the cross-entropy is a little over ln K. A teacher that is
+    not centred yet puts its weight softmax(z / temp) on the largest z; crops of one image are
+    alike to a new network, so there the student's z is large as well."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(draws, n_prototypes, generator=generator) / math.sqrt(bottleneck)
+    surprise = -(z / student_temp).log_softmax(1)                              # (draws, K)
+    alike = ((z / temp).softmax(1) * surprise).sum(1)                          # (draws,)
+    unrelated = surprise.mean(1)                                               # (draws,)
+    return (float(alike.mean() - 4 * alike.std()),
+            float(unrelated.mean() + 4 * unrelated.std()))
 
 
 def initial_loss_report(terms, args, temp):
-    """At the start student and teacher know nothing: every cross-entropy is near ln K, and how near can be computed."""
+    """At the start student and teacher know nothing: every cross-entropy is near ln K, and how
+    near can be computed."""
     pairs = 2 + 2 * args.local_crops
-    share = {"dino_local": 2 * args.local_crops / pairs, "dino_global": 2 / pairs, "ibot": 0.5}  # half of the images are masked
+    share = {"dino_local": 2 * args.local_crops / pairs, "dino_global": 2 / pairs,
+             "ibot": 0.5}  # half of the images hide something
     text, well = "first step:", True
     for name, part in share.items():
         bottleneck = 256 if name == "ibot" and args.separate_heads else args.bottleneck
-        low, high = (part * x for x in healthy_cross_entropies(args.prototypes, bottleneck, temp))
-        text += f" {name} {terms[name]:.3f} (healthy {low:.3f} to {high:.3f}),"
-        well &= 0.9 * low < terms[name] < 1.1 * high
+        low, high = healthy_cross_entropies(args.prototypes, bottleneck, temp)
+        text += f" {name} {terms[name]:.3f} (healthy {part * low:.3f} to {part * high:.3f}),"
+        well &= 0.95 * low < terms[name] / part < 1.05 * high
     text += f" koleo {terms['koleo']:.3f}"
-    return text if well else text + "\nWARNING: a loss is more than 10 % off; expected only when --init brings trained heads"
+    if not well:
+        text += ("\nWARNING: a loss is more than 5 % outside; expected only when --init brings "
+                 "trained heads")
+    return text
 
 
 def collapse_warnings(stats, n_prototypes, rows):
-    """Sentences about the teacher's plain softmax (losses.collapse_stats) that call for a look; empty when all is well."""
+    """Sentences about the teacher's plain softmax (losses.collapse_stats) that call for a look;
+    empty when all is well."""
     warnings = []
     if stats["kl_to_uniform"] < 0.01 * math.log(n_prototypes):
-        warnings.append("the teacher's output is uniform over the prototypes: lower --teacher-temp or raise --lr")
+        warnings.append("the teacher's output is uniform over the prototypes: lower "
+                        "--teacher-temp or raise --lr")
     if rows >= 8 and stats["entropy_of_mean"] < 0.1 * math.log(min(rows, n_prototypes)):
-        warnings.append("every frame falls on the same prototypes: use --centering sinkhorn, a larger --batch or a lower --lr")
+        warnings.append("every frame falls on the same prototypes: use --centering sinkhorn, a "
+                        "larger --batch or a lower --lr")
     if rows >= 8 and stats["prototypes_used"] <= max(1, rows // 32):
-        warnings.append(f"{stats['prototypes_used']} prototypes serve all {rows} crops: use a larger --batch or a lower --lr")
+        warnings.append(f"{stats['prototypes_used']} prototypes serve all {rows} crops: use a "
+                        "larger --batch or a lower --lr")
     return warnings
 
 
@@ -472,7 +604,7 @@ class Log:
         yield
         self.wait += time.perf_counter() - began
 
-    def step(self, step, terms, norms, now, model):
+    def step(self, step, terms, norms, now, model, scaler=None):
         args, n = self.args, self.args.batch * self.world
         self.images += n
         self.bar.update(n)
@@ -482,18 +614,29 @@ class Log:
         terms = dict(zip(terms, means.tolist()))
         stats = losses.collapse_stats(model.teacher_logits, float(now["temp"]))
         seconds = time.perf_counter() - self.clock
-        self.write({"step": step, **terms, **{name: float(value) for name, value in now.items()},
-                    **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()}, **stats,
-                    "images_per_s": self.images / seconds, "input_wait": self.wait / seconds})
+        line = {"step": step, **terms, **{k: float(v) for k, v in now.items()}}
+        line |= {f"grad_norm_{k}": float(v) for k, v in norms.items()} | stats
+        if scaler and scaler.is_enabled():
+            line["loss_scale"] = scaler.get_scale()
+        rates = {"images_per_s": self.images / seconds, "input_wait": self.wait / seconds}
+        self.write(line | rates)
         self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
         self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
         if step == 0:
             self.say(initial_loss_report(terms, args, float(now["temp"])))
-        if step >= max(100, args.warmup * args.steps):  # every run starts uniform, on few prototypes
+        if step >= max(100, args.warmup * args.steps):  # every run starts uniform
             for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
                 if sentence not in self.warned:
                     self.say(f"WARNING, step {step}: {sentence}")
                     self.warned.add(sentence)
+
+    def overflow(self, step, in_a_row, scaler):
+        """A step whose gradients were too large for float16 at this scale; the next is smaller."""
+        self.write({"step": step, "overflows": in_a_row, "loss_scale": scaler.get_scale()})
+        if in_a_row == 10:
+            self.trouble.append(f"step {step}: gradients were not finite for ten steps in a row, "
+                                f"down to a loss scale of {scaler.get_scale():g}: lower --lr, or use "
+                                "--precision bf16 or fp32")
 
     def say(self, text):
         if self.rank == 0:
@@ -523,6 +666,11 @@ def main(argv=None):
     try:
         with asked_to_stop() as stop:
             run(args, device, rank, world, stop)
+    except NotImplementedError as error:
+        if device.type != "mps":
+            raise
+        raise SystemExit("--device mps: PyTorch lacks an operation there; PYTORCH_ENABLE_MPS_FALLBACK=1 "
+                         f"computes it on the CPU, or use --device cpu: {error}") from error
     finally:
         torch.set_num_threads(threads)
         if dist.is_initialized():
@@ -564,13 +712,15 @@ def run(args, device, rank, world, stop):
         on_rank_0(lambda: check_room(args, model))
         wrapped = distribute(model, args, device, world)
         optimizer, autocast = make_optimizer(model, args), autocast_for(args, device)
-        progress = resume(model, optimizer, args, args.batch * world, say)
+        progress = resume(model, optimizer, args, args.batch * world, say,
+                          defaults(args.recipe, args.device))
+        scaler = make_scaler(args, device, progress["scaler"])
         schedules = make_schedules(args, args.batch * world)
         describe(args, model, frames, world, say)
         labelled = on_rank_0(lambda: open_probe(args, say))
         reset_best(progress, measured_on(args, labelled), say)
-        batches = make_batches(args, frames, progress["step"], rank, world, device, progress["seen"],
-                               lifeline)
+        batches = make_batches(args, frames, progress["step"], rank, world, device,
+                               progress["seen"], lifeline)
         skipped, saver = augment.Skipped(frames, world), Saver(args, progress["step"], trouble)
         log = Log(out, args, progress, world, rank, trouble)
         model.train()
@@ -580,19 +730,22 @@ def run(args, device, rank, world, stop):
             stopping, failing, saving = anywhere(device, stop, trouble, saver.due(step))
             ending = stopping or failing or step == args.steps
             if saving or ending:
-                saver.save(model, optimizer, progress)
+                saver.save(model, optimizer, progress | {"scaler": scaler.state_dict()})
             if ending:
                 break
             batch = augment.augment(raw, device)
             batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
             now = {name: values[step] for name, values in schedules.items()}
             terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast,
-                                              wrapped)
-
+                                              wrapped, scaler)
             if finite:
-                log.step(step, terms, norms, now, model)
+                progress["overflows"] = 0
+                log.step(step, terms, norms, now, model, scaler)
+            elif scaler.is_enabled() and everywhere(terms["loss"].isfinite()):
+                progress["overflows"] += 1
+                log.overflow(step, progress["overflows"], scaler)
             else:
-                progress["skips"] += 1
+                progress |= {"skips": progress["skips"] + 1, "scaler": scaler.state_dict()}
                 paths = [frames.path(i) for i in raw["index"].tolist()]
                 keep_nonfinite(model, optimizer, progress, args, terms, norms, paths)
             done = step + 1
@@ -616,17 +769,23 @@ def run(args, device, rank, world, stop):
 def describe(args, model, frames, world, say):
     """Print what will run, and where the numbers come from."""
     if args.device == "cpu" and args.recipe != "demo":
-        say(f"no GPU: {', '.join('--' + k.replace('_', '-') for k in SHRINK_ON_CPU)} default to those of --recipe demo. The other values of "
-            f"{args.recipe} are made for long runs: so short a run shows that all works, and learns little; --recipe demo learns")
+        say(f"no GPU: {', '.join(map(flag, SHRINK_ON_CPU))} default to those of --recipe demo. The "
+            f"other values of {args.recipe} are made for long runs: so short a run shows that all "
+            "works, and learns little; --recipe demo learns")
     if args.precision == "auto":
-        say(f"--precision auto: matrix products in {args.number_type}, which this {args.device} multiplies in hardware")
+        say(f"--precision auto: matrix products in {args.number_type}, as this {args.device} "
+            "multiplies in hardware")
     if args.compile and args.device == "cpu":
-        say("--compile: every block is compiled in the first steps, about a minute and a half on two cores, once per sizes of batch and crops")
+        say("--compile: the blocks are compiled in the first two steps, for minutes; the next run "
+            "of the same sizes finds them compiled")
     say("\n".join(f"  {k:20} {v}" for k, v in sorted(plain(args).items())))
     n = args.batch * world
-    say(f"{sum(p.numel() for p in model.student.parameters()):,} parameters (backbone {sum(p.numel() for p in model.student['backbone'].parameters()):,}), "
-        f"{len(frames):,} frames, {n} per step ({world} x {args.batch}), {args.steps} steps = {args.steps * n / len(frames):.1f} epochs\n"
-        f"peak learning rate {args.lr * math.sqrt(n / 1024):.3g} = --lr {args.lr:g} * sqrt({n} / 1024)")
+    backbone = sum(p.numel() for p in model.student["backbone"].parameters())
+    everything = sum(p.numel() for p in model.student.parameters())
+    say(f"{everything:,} parameters (backbone {backbone:,}), {len(frames):,} frames, {n} per step "
+        f"({world} x {args.batch}), {args.steps} steps = {args.steps * n / len(frames):.1f} epochs\n"
+        f"peak learning rate {args.lr * math.sqrt(n / 1024):.3g} = --lr {args.lr:g} * "
+        f"sqrt({n} / 1024)")
 
 
 def open_probe(args, say):
@@ -650,8 +809,10 @@ def measured_on(args, labelled):
 
 def draw_kept(model, batch, seed, step, rank):
     """The samples that stochastic depth keeps at this step in this process, drawn on the CPU."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
-    kept = model.student["backbone"].draw_kept([len(batch["global_crops"]), len(batch["local_crops"])], generator)
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0] >> 1))
+    counts = [len(batch["global_crops"]), len(batch["local_crops"])]
+    kept = model.student["backbone"].draw_kept(counts, generator)
     return kept and [k.to(batch["masks"].device, non_blocking=True) for k in kept]
 
 

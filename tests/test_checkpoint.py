@@ -1,6 +1,7 @@
 """Stop and go on: runs that are killed, signalled, resumed, contradicted and short of disk."""
 import argparse
 import itertools
+import functools
 import json
 import math
 import multiprocessing
@@ -16,7 +17,7 @@ import time
 
 import pytest
 import torch
-from pretrain_runs import (assert_same_run, final, finish, flags, frames, limited, log, run, same, spawn, tiny,  # noqa: F401
+from pretrain_runs import (assert_same_run, final, finish, flags, frames, keep_every, limited, log, run, same, spawn, tiny,  # noqa: F401
                            unbroken)
 
 import augment
@@ -582,3 +583,36 @@ def test_damaged_checkpoint_is_named(frames, tmp_path):
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit, match="last.pt is truncated"):
         run(frames, tmp_path, steps=2)
+
+
+# --- float16 -------------------------------------------------------------------------------------
+
+
+def scaled(monkeypatch, scale, **kwargs):
+    """Runs in float16 begin with this scale of the loss."""
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
+        torch.amp.GradScaler.__init__, init_scale=scale, **kwargs))
+
+
+def test_float16_resumes_to_the_bit_with_its_scale(frames, tmp_path, monkeypatch):
+    """The first steps overflow, then the scale grows every two steps; a run of 8 steps stops after 5."""
+    scaled(monkeypatch, 2.0 ** 14, growth_interval=2)
+    monkeypatch.setattr(vit, "atomic_save", keep_every(vit.atomic_save))
+    more = ["--precision", "fp16", "--save-every", 5]
+    run(frames, tmp_path / "whole", *more, steps=8)
+    run(frames, tmp_path / "half", *more, "--resume", tmp_path / "whole" / "last_5.pt", steps=8)
+    whole, half = final(tmp_path / "whole"), final(tmp_path / "half")
+    assert whole["scaler"] == half["scaler"] and whole["scaler"]["scale"] != 2.0 ** 14
+    assert_same_run(tmp_path / "half", tmp_path / "whole")
+    lines = log(tmp_path / "whole")
+    overflows = [line for line in lines if "overflows" in line]
+    assert overflows and overflows[0]["step"] == 0 and overflows[0]["loss_scale"] == 2.0 ** 13
+    assert all("loss_scale" in line for line in lines) and whole["skips"] == 0
+    assert not list((tmp_path / "whole").glob("nonfinite*"))
+
+
+def test_ten_overflows_in_a_row_end_the_run(frames, tmp_path, monkeypatch):
+    scaled(monkeypatch, 2.0 ** 80)
+    with pytest.raises(SystemExit, match="step 9: gradients were not finite for ten steps in a row"):
+        run(frames, tmp_path, "--precision", "fp16", steps=12)
+    assert final(tmp_path)["step"] == 10 and final(tmp_path)["skips"] == 0

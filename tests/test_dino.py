@@ -210,3 +210,43 @@ def test_a_new_term_is_a_row():
     assert terms == dino.WEIGHTS | {"ibot": 2.0}
     with pytest.raises(ValueError, match="no term .*kolleo"):
         dino.DINOv2(vit.VisionTransformer(32, 1, 2, image_size=56), 64, 48, 16, weights={"kolleo": 2.0})
+
+
+# --- float16 -------------------------------------------------------------------------------------
+
+
+def test_a_float16_step_equals_float32():
+    """Losses to 2e-3, gradient norms to 2e-2, weights to a hundredth of what the step moved them by."""
+    found = {}
+    for name in ("fp32", "fp16"):
+        model, optimizer, batch, now = small_step()
+        batch["kept"] = model.student["backbone"].draw_kept([8, 8], torch.Generator().manual_seed(0))
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=name == "fp16")
+        terms, norms, finite = dino.train_step(model, optimizer, batch, now, 3.0,
+                                               vit.autocast("cpu", vit.PRECISIONS[name]), scaler=scaler)
+        assert finite and not hasattr(optimizer, "found_inf")
+        found[name] = terms, norms
+    for a, b, rtol in zip(found["fp16"], found["fp32"], (2e-3, 2e-2)):
+        for key in b:
+            torch.testing.assert_close(a[key], b[key], rtol=rtol, atol=2e-3, msg=lambda m: f"{key} {m}")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_overflow_changes_nothing_but_the_scale(fused):
+    model, optimizer, batch, now = small_step(fused, centering="centering")
+    before = everything(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
+    step = dino.train_step(model, optimizer, batch, now, 3.0, vit.autocast("cpu", torch.float16), scaler=scaler)
+    assert step[0]["loss"].isfinite() and not step[2]
+    assert scaler.get_scale() == 2.0 ** 39
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+
+
+def test_a_loss_that_is_not_finite_holds_back_a_float16_step():
+    """The scaler looks at gradients alone."""
+    model, optimizer, batch, now = small_step()
+    before = everything(model, optimizer)
+    scaler, autocast = torch.amp.GradScaler("cpu", 16.0), vit.autocast("cpu", torch.float16)
+    model.weights["koleo"] = float("inf")  # of a loss of 0 times a gradient of 0, say
+    assert not dino.train_step(model, optimizer, batch, now, 3.0, autocast, scaler=scaler)[2]
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))

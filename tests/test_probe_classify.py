@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import images
 import frozen
 import probe_classify as pc
 import results
@@ -392,8 +393,8 @@ def test_shots_write_a_head_from_a_few_frames(quick, tmp_path):
 
 
 def test_stretched_view(quick, tmp_path, monkeypatch):
-    seen, square = set(), data.square
-    monkeypatch.setattr(data, "square", lambda image, size, view="crop": seen.add(view) or square(image, size, view))
+    seen, square = set(), images.square
+    monkeypatch.setattr(images, "square", lambda image, size, view="crop": seen.add(view) or square(image, size, view))
     rows = pc.main(["b.pt", "--device", "cpu", "--size", "42", "--splits", "1", "--view", "stretch", "--out", str(tmp_path / "r.json")])
     assert seen == {"stretch"} and rows[0]["view"] == "stretch"
     assert frozen.load_head(tmp_path / "b.landmarks.linear.pt", vit.load_backbone("b.pt")).view == "stretch"

@@ -234,11 +234,16 @@ def per_split(metrics, y, found, frames=slice(None)):
     return [metrics(y[frames][p >= 0], p[p >= 0], q[p >= 0]) for p, q in each]
 
 
-def mean_of(dicts, keys=None):
-    """Mean of every column over the splits in which it is defined; nan where it is in none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing: nan is the answer
-        return {k: float(np.nanmean([d[k] for d in dicts])) for k in keys or dicts[0]}
+def mean_of(dicts, keys=None, whole=None):
+    """Mean of every column over the splits in which it is defined; nan where it is in none.
+
+    whole: the splits' scores of all frames, when `dicts` are those of a draw among them. What is
+    defined in all of a split's frames and not in the draw makes the draw's mean nan."""
+    means = {}
+    for k in keys or dicts[0]:
+        values = [d[k] for d, w in zip(dicts, whole or dicts) if not np.isnan(w[k])]
+        means[k] = float(np.mean(values)) if values else float("nan")
+    return means
 
 
 def deviation_of(dicts, keys=None):
@@ -263,8 +268,11 @@ class Measured(NamedTuple):
 def measure(metrics, labelled, found, keys=None):
     y = torch.from_numpy(labelled.labels)
     frames = (found.pred >= 0).any(0).nonzero()[:, 0].numpy()                # those ever tested
-    groups = np.asarray(labelled.groups)[frames]
-    return Measured(groups, lambda d: mean_of(per_split(metrics, y, found, frames[d]), keys))
+    whole = per_split(metrics, y, found, frames)
+
+    def score(draw):
+        return mean_of(per_split(metrics, y, found, frames[draw]), keys, whole)
+    return Measured(np.asarray(labelled.groups)[frames], score)
 
 
 def summarise(metrics, labelled, found, seed):

@@ -14,6 +14,7 @@ import data
 import images
 import frozen
 import probe_classify as pc
+import probe_mes as mes
 import results
 import vit
 
@@ -473,3 +474,17 @@ def test_one_sentence_for_wrong_inputs(quick, tmp_path):
         for i in range(4):
             frame(tmp_path / "patient" / str(label) / "p0" / f"{i}.png", label, i)
     assert "need three patients of each class" in sentence("--data", tmp_path / "patient")  # one patient cannot be split
+
+
+def test_a_draw_that_leaves_a_fold_without_frames_is_left_out():
+    """Two folds of two patients; the second fold's AUC has no positive at all and never counts."""
+    found = results.Answers(torch.tensor([[0, 1, -1, -1], [-1, -1, 0, 0]]), torch.zeros(2, 4, 2))
+    labelled = data.Labelled("x", [], np.array([0, 1, 0, 0]), ("a", "b"), list("abcd"), None, [])
+
+    def metrics(true, pred, prob):
+        return {"accuracy": pc.accuracy(true, pred), "AUC": mes.auc(true == 1, pred)}
+
+    score = results.measure(metrics, labelled, found).score
+    assert score(np.array([0, 1, 2, 3])) == {"accuracy": 1, "AUC": 1}
+    without = score(np.array([0, 1, 0, 1]))
+    assert np.isnan(without["accuracy"]) and without["AUC"] == 1

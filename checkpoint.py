@@ -293,9 +293,10 @@ class Saver:
             self.thread.join()
 
 
-def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths):
-    """Keep what is needed to look at a step that was not finite and not applied, of the last
-    such step alone; stop when there were too many."""
+def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths, trouble):
+    """Keep what is needed to look at a step that was not finite and not applied, of the last such
+    step alone. Counts the step in progress; returns whether there were too many (and tells
+    `trouble`), in all processes alike."""
     step, path = progress["step"], pathlib.Path(args.out) / f"nonfinite_{progress['step']}.pt"
     found = {**terms, **{f"grad_norm_{name}": norm for name, norm in norms.items()}}
     found = {name: float(value) for name, value in found.items()}
@@ -311,11 +312,13 @@ def keep_nonfinite(model, optimizer, progress, args, terms, norms, paths):
     bad = ", ".join(f"{name} {x:g}" for name, x in found.items() if not math.isfinite(x))
     message = (f"step {step}: not finite ({bad}); the step was not applied; its frames and the "
                f"state before it are in {path}")
-    if progress["skips"] > args.max_skips:
-        message += "; look at the frames, lower --lr, or raise --max-skips"
-        raise SystemExit(message if rank() == 0 else 1)
+    if progress["skips"] >= args.max_skips:
+        trouble.append(message + "; look at the frames, lower --lr, or raise --max-skips")
+        return True
+    progress["skips"] += 1
     if rank() == 0:
         tqdm.write(message + f"; skipped ({progress['skips']} of at most {args.max_skips})")
+    return False
 
 
 # --- going on ----------------------------------------------------------------------------------
@@ -408,8 +411,8 @@ def load_checkpoint(model, optimizer, state, moments):
 def fill(tensor, value):
     """Give a tensor, or the shards of one, the whole CPU tensor `value` of process 0."""
     if isinstance(tensor, DTensor):
-        value = torch.empty(tensor.shape) if value is None else value
-        value = value.to(tensor.device, tensor.dtype)
+        like = dict(device=tensor.device, dtype=tensor.dtype)
+        value = torch.empty(tensor.shape, **like) if value is None else value.to(**like)
         tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
         return  # of the values that were distributed process 0's count
     if value is not None:

@@ -549,11 +549,12 @@ def collapse_warnings(stats, n_prototypes, rows):
     return warnings
 
 
-def probe(model, args, labelled, step, best, device, trouble):
-    """Score the teacher on labelled frames and keep the best one: (metrics, best score so far).
-    Process 0 works, the others wait; what goes wrong is told to `trouble`."""
+def probe(model, args, labelled, progress, device, trouble):
+    """Score the teacher on labelled frames, keep the best one and its score in `progress`; returns
+    the metrics. Process 0 works, the others wait; what goes wrong is told to `trouble`."""
     import probe_mes  # lazily: training without a probe does not need it
     backbone, path = plain_teacher(model, args), pathlib.Path(args.out) / "best.pt"
+    step, best = progress["step"], progress["best"]
 
     def score():
         name = "kappa" if args.probe_task == "mes" else "macro_f1"
@@ -574,9 +575,10 @@ def probe(model, args, labelled, step, best, device, trouble):
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the workers of the probe inherit this
     try:
-        return on_rank_0(score)
+        metrics, progress["best"] = on_rank_0(score)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    return metrics
 
 
 class Log:
@@ -745,14 +747,15 @@ def run(args, device, rank, world, stop):
                 progress["overflows"] += 1
                 log.overflow(step, progress["overflows"], scaler)
             else:
-                progress |= {"skips": progress["skips"] + 1, "scaler": scaler.state_dict()}
+                progress["scaler"] = scaler.state_dict()
                 paths = [frames.path(i) for i in raw["index"].tolist()]
-                keep_nonfinite(model, optimizer, progress, args, terms, norms, paths)
+                if keep_nonfinite(model, optimizer, progress, args, terms, norms, paths, trouble):
+                    saver.save(model, optimizer, progress)  # this step will be made again
+                    break
             done = step + 1
             progress |= {"step": done, "seen": progress["seen"] + args.batch * world}
             if args.probe_every and (done % args.probe_every == 0 or done == args.steps):
-                metrics, progress["best"] = probe(model, args, labelled, done, progress["best"],
-                                                  device, trouble)
+                metrics = probe(model, args, labelled, progress, device, trouble)
                 log.write({"step": step, "probe": metrics})
             if done == args.steps or args.export_every and done % args.export_every == 0:
                 saver.export(model, done)

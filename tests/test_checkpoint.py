@@ -280,7 +280,8 @@ def poison(monkeypatch, *steps):
 
     def poisoned(batch, device):
         done = augmented(batch, device)
-        done["global_crops"][0, 0, 0, 0] = math.nan if batch["step"] in steps else 0
+        if batch["step"] in steps:
+            done["global_crops"][0, 0, 0, 0] = math.nan
         return done
     monkeypatch.setattr(augment, "augment", poisoned)
 
@@ -404,6 +405,17 @@ def test_one_nonfinite_file_is_kept(frames, tmp_path, monkeypatch):
     poison(monkeypatch, 1, 3)
     run(frames, tmp_path, "--max-skips", 2, steps=6)
     assert [p.name for p in tmp_path.glob("nonfinite*")] == ["nonfinite_3.pt"]
+
+
+def test_a_bad_step_saves_the_state_before_it(frames, unbroken, tmp_path, monkeypatch):
+    """It is made again by the run that goes on: here with a pixel that is a number."""
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, 5)
+        with pytest.raises(SystemExit, match="step 5: not finite .* raise --max-skips"):
+            run(frames, tmp_path, "--save-every", 1000, steps=30)
+    assert final(tmp_path)["step"] == 5 and final(tmp_path)["skips"] == 0
+    run(frames, tmp_path, "--save-every", 1000, steps=30)
+    assert_same_run(tmp_path, unbroken("fp32"))
 
 
 def test_exports_load_and_warm_start(frames, tmp_path, capsys):

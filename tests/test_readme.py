@@ -121,7 +121,7 @@ SMALL = {  # added to a command: as few frames, pixels and steps as it takes; th
 
 
 @pytest.fixture
-def laid_out(tmp_path, monkeypatch, synthetic_set):
+def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
     """A folder with all that the README's commands name, from synthetic frames of 64 pixels; the working directory, on one thread."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

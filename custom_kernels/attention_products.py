@@ -36,9 +36,12 @@ def products(qkv: Tensor, runs: list[int], keep: bool) -> tuple[Tensor, Tensor]:
         for x, o, p_kept in zip(by_run(qkv, runs), by_run(out, runs), kept_by_run):
             for n, h in pieces(*x.shape):
                 q, k, v = (heads_first(x[n, :, i, h]) for i in range(3))   # (n, length, hd) each
-                p = scores(q, k).softmax(-1).to(v.dtype)                   # (n, length, length)
-                if keep:
-                    p_kept[n, h] = p.view_as(p_kept[n, h])
+                s = scores(q, k)                                           # (n, length, length)
+                p = p_kept[n, h].view_as(s) if keep else s.new_empty(s.shape, dtype=v.dtype)
+                if s.dtype == p.dtype:
+                    torch.softmax(s, -1, out=p)
+                else:
+                    p.copy_(s.softmax(-1))
                 o[n, :, h] = tokens_first(p @ v, o[n, :, h])
     return out, kept
 

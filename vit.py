@@ -198,7 +198,8 @@ class VisionTransformer(nn.Module):
             rows, factor, block_runs = kept_rows([k.to(x.device) for k in kept], runs)
         for block, r in zip(self.blocks, rows):
             if self.checkpoint_activations:
-                x = checkpoint(block, x, block_runs, r, factor, use_reentrant=False)
+                x = checkpoint(block, x, block_runs, r, factor, use_reentrant=False,
+                               preserve_rng_state=False)  # nothing in a block is drawn
             else:
                 x = block(x, block_runs, r, factor)
         return self.unpack(self.norm(x), runs)

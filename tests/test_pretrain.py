@@ -58,6 +58,22 @@ def test_processes_and_shards_agree(frames, tmp_path, monkeypatch):
     assert log(at("koleo"))[0]["koleo"] == pytest.approx(koleo, rel=1e-4)
 
 
+def test_shards_agree_with_ddp_in_16_bits(frames, tmp_path):
+    """FSDP2 gathers a block's products in the number type itself, where DDP leaves the casting to autocast: the first
+    losses are equal but for the order of sums, and three steps later to half a percent."""
+    runs = [(f"{kind}-{precision}", flags(frames, tmp_path / f"{kind}-{precision}", "--precision", precision, *more, steps=4))
+            for precision in ("bf16", "fp16") for kind, more in (("ddp", []), ("fsdp", ["--shard"]))]
+    finish(spawn([argv for _, argv in runs], world=2))
+    for precision in ("bf16", "fp16"):
+        ddp, fsdp = ([line for line in log(tmp_path / f"{kind}-{precision}") if "loss" in line] for kind in ("ddp", "fsdp"))
+        assert [line["step"] for line in ddp] == [line["step"] for line in fsdp]
+        for a, b in zip(ddp, fsdp):
+            for key in ("dino_global", "dino_local", "ibot"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5 if a["step"] == 0 else 5e-3), (precision, a["step"], key)
+        scaler, other = (final(tmp_path / f"{kind}-{precision}")["scaler"] for kind in ("ddp", "fsdp"))
+        assert scaler == other and bool(scaler) == (precision == "fp16")
+
+
 # --- runs that go wrong -----------------------------------------------------------------------------------------------
 
 
@@ -224,6 +240,32 @@ def test_compile_without_a_compiler_is_one_sentence(frames, tmp_path, monkeypatc
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.raises(SystemExit, match="C\\+\\+ compiler.*/nowhere/g\\+\\+"):
         run(frames, tmp_path, "--compile", steps=1)
+
+
+def test_a_new_flag_is_a_row_and_older_runs_go_on(frames, tmp_path, monkeypatch, capsys):
+    """A weight that a student adds for one recipe: --help shows it, and last.pt files without it go on with its default."""
+    run(frames, tmp_path, steps=2)
+    row = ("spread", float, 0.5, "weight of a term of one's own")
+    monkeypatch.setitem(pretrain.FLAGS, "losses", [*pretrain.FLAGS["losses"], row])
+    monkeypatch.setitem(pretrain.ROWS, "spread", row)
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    assert "--spread" in capsys.readouterr().out
+    run(frames, tmp_path, steps=3)
+    assert final(tmp_path)["args"]["spread"] == 0.5 and final(tmp_path)["step"] == 3
+    (tmp_path / "old").mkdir()
+    state = final(tmp_path)
+    del state["args"]["spread"]
+    torch.save(state, tmp_path / "old" / "last.pt")
+    with pytest.raises(SystemExit, match="spread: 0.5 in the checkpoint, 0.1 asked for"):
+        run(frames, tmp_path / "old", "--spread", 0.1, steps=4)
+
+
+def test_a_device_that_is_not_there_is_one_sentence(frames, tmp_path):
+    with pytest.raises(SystemExit, match="--device mps: PyTorch finds no Apple GPU"):
+        run(frames, tmp_path, "--device", "mps", steps=1)
+    with pytest.raises(SystemExit, match="--device cuda: process 0 of this machine has no GPU"):
+        run(frames, tmp_path, "--device", "cuda", steps=1)
 
 
 def test_every_recipe_names_the_same_flags():

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -264,13 +265,15 @@ def stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
+PATIENT = re.compile(r"(?<![a-z])patient[ _-]*([a-z]*\d+|[a-z]+(?=[ _-]+\(?\d+\)?$))")
+
+
 def patient(path, otherwise=None):
-    """The id in LIMUC's UC_patient_<id>_<n>.bmp or synthetic.py's patient<id>_<n>.jpg. Of any
-    other name nothing is known: `otherwise`, or the stem."""
-    name = stem(path)
-    if "patient" not in name:
-        return otherwise or name
-    return name.removeprefix("UC_").removeprefix("patient").removeprefix("_").rsplit("_", 1)[0]
+    """The id in LIMUC's UC_patient_<id>_<n>.bmp, synthetic.py's patient<id>_<n>.jpg and their
+    like: "Patient 12 (3)", "patient-A7-3". Of any other name nothing is known: `otherwise`, or
+    the stem."""
+    found = PATIENT.search(stem(path).lower())
+    return found[1] if found else otherwise or stem(path)
 
 
 def groups_of(root, paths, known):

@@ -406,6 +406,14 @@ def test_patients_of_flat_class_folders_stay_together(tmp_path):
     assert labelled.grouping == "10 groups of 40 frames (patients, videos, near-duplicates)"
 
 
+def test_patients_in_file_names():
+    for name, who in (("UC_patient_12_3.bmp", "12"), ("patient0_11.jpg", "0"), ("Patient 12 (3).jpg", "12"),
+                      ("patient-A7-3.png", "a7"), ("patient_ab_3.png", "ab"), ("x patient7.jpg", "7")):
+        assert data.patient(f"a/{name}") == who
+    for name in ("outpatient_clinic_3", "0001", "patients", "P12_3"):
+        assert data.patient(f"a/{name}.jpg") == name and data.patient(f"a/{name}.jpg", "?") == "?"
+
+
 def test_the_first_folder_below_the_class_is_the_patient(tmp_path):
     for c in "ab":
         for p in range(5):

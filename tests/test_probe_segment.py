@@ -1,6 +1,8 @@
-"""probe_segment.py: metrics against loops, heads against counts made by hand, training on a planted answer, the whole command."""
+"""probe_segment.py: metrics against loops, heads against counts made by hand, training on a planted
+answer, the whole command."""
 import json
 import pathlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import frozen
 import probe_segment as seg
 import results
@@ -20,7 +23,9 @@ def random_masks(n, size=(13, 17), seed=0):
 
 def tiny_vit(depth=4, registers=0, seed=0):
     torch.manual_seed(seed)
-    return vit.VisionTransformer(dim=16, depth=depth, heads=2, image_size=56, registers=registers, layerscale=1.0).eval().requires_grad_(False)
+    model = vit.VisionTransformer(dim=16, depth=depth, heads=2, image_size=56, registers=registers,
+                                  layerscale=1.0)
+    return model.eval().requires_grad_(False)
 
 
 def disc_tree(root, n=14, seed=0, colour=0):
@@ -31,7 +36,8 @@ def disc_tree(root, n=14, seed=0, colour=0):
     for i in range(n):
         h, w = 40 + i % 3 * 4, 50 + i % 2 * 6
         y, x = np.mgrid[:h, :w]
-        disc = (y - rng.uniform(12, h - 12)) ** 2 + (x - rng.uniform(12, w - 12)) ** 2 < rng.uniform(7, 11) ** 2
+        down, across = y - rng.uniform(12, h - 12), x - rng.uniform(12, w - 12)
+        disc = down ** 2 + across ** 2 < rng.uniform(7, 11) ** 2
         frame = rng.normal(90 + colour, 10, (h, w, 3)) + disc[..., None] * (90, 0, 0)
         Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(root / "images" / f"f{i}.png")
         Image.fromarray(disc.astype(np.uint8) * 255).save(root / "masks" / f"f{i}.png")
@@ -40,15 +46,17 @@ def disc_tree(root, n=14, seed=0, colour=0):
     return root
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Metrics
 
 
 def test_dice_and_iou_equal_counts_of_pixel_sets():
     for pred, true in zip(random_masks(5), random_masks(5, seed=1)):
         a, b = ({tuple(p) for p in m.nonzero().tolist()} for m in (pred, true))
-        assert seg.dice_iou(pred, true) == pytest.approx((2 * len(a & b) / (len(a) + len(b)), len(a & b) / len(a | b)), abs=1e-12)
-    assert seg.dice_iou(np.array([[True, True, False]]), np.array([[False, True, False]])) == pytest.approx((2 / 3, 1 / 2))
+        dice, iou = 2 * len(a & b) / (len(a) + len(b)), len(a & b) / len(a | b)
+        assert seg.dice_iou(pred, true) == pytest.approx((dice, iou), abs=1e-12)
+    pred, true = np.array([[True, True, False]]), np.array([[False, True, False]])
+    assert seg.dice_iou(pred, true) == pytest.approx((2 / 3, 1 / 2))
 
 
 def test_empty_masks_have_defined_dice():
@@ -63,7 +71,8 @@ def test_empty_masks_have_defined_dice():
 def test_256_thresholds_equal_the_loop(kind):
     true = random_masks(1)[0] & (kind != "empty")
     noise = torch.rand(13, 17, generator=torch.Generator().manual_seed(2))
-    probability = {"noise": noise, "graded": 0.2 + 0.3 * true + 0.1 * noise, "constant": torch.full((13, 17), 0.7), "empty": noise}[kind]
+    graded, constant = 0.2 + 0.3 * true + 0.1 * noise, torch.full((13, 17), 0.7)
+    probability = {"graded": graded, "constant": constant}.get(kind, noise)
     p, g = probability.double().numpy(), true.numpy()
     saved = np.rint((p - p.min()) / max(p.max() - p.min(), 1e-8) * 255)
     dice, iou = [], []
@@ -79,7 +88,8 @@ def test_256_thresholds_are_not_dice_at_one_half():
     true = random_masks(1)[0]
     faint = 0.01 + 0.3 * true  # nothing exceeds 0.5, and stretching makes it perfect except at threshold 0
     assert seg.score(faint, true)[0][0] == 0
-    assert seg.pranet_dice_iou(faint, true)[0] == pytest.approx((255 + 2 * true.sum().item() / (true.sum().item() + 221)) / 256)
+    n = true.sum().item()
+    assert seg.pranet_dice_iou(faint, true)[0] == pytest.approx((255 + 2 * n / (n + 221)) / 256)
 
 
 def test_summary_separates_means_over_frames_from_all_pixels():
@@ -89,22 +99,24 @@ def test_summary_separates_means_over_frames_from_all_pixels():
     pred[0, :2], pred[1, 0, 1] = 1, 1
     row = seg.summary([seg.score(p, t)[0] for p, t in zip(pred, true)], ["a", "b"])
     assert row["Dice"] == row["IoU"] == 0.5 and row["dataset IoU"] == pytest.approx(8 / 10)
-    assert (row["Dice low"], row["Dice high"]) == (0, 1)  # two groups: one draw in four holds either of them alone
+    # two groups: one draw in four holds either of them alone
+    assert (row["Dice low"], row["Dice high"]) == (0, 1)
     alone = seg.summary([seg.score(pred[0], true[0])[0]] * 2, ["a", "a"])
     assert np.isnan(alone["Dice low"]) and alone["Dice"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Heads
 
 
 @pytest.mark.parametrize("align", [False, True])
 def test_resize_is_bilinear_interpolation(align):
-    x = torch.randn(2, 3, 5, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ours, theirs = (f(x) for f in (lambda x: seg.resize(x, (11, 9), align),
-                                   lambda x: F.interpolate(x, (11, 9), mode="bilinear", align_corners=align)))
+                                   lambda x: F.interpolate(x, (11, 9), None, "bilinear", align)))
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)), rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def count(module):
@@ -114,19 +126,23 @@ def count(module):
 def test_parameter_counts_by_hand():
     assert count(seg.LinearHead(192, 1)) == 3 * 192 + 1            # scale, shift, weight; bias
     assert count(seg.LinearHead(1536, 4)) == 3 * 6144 + 1
-    head = seg.DPTHead(384)                                        # ViT-S: widths 48, 96, 192, 384 (sum 720), 256 channels
+    head = seg.DPTHead(384)  # ViT-S: widths 48, 96, 192, 384 (sum 720), 256 channels
     assert count(head.levels) == (4 * (768 * 384 + 384)            # class token read out by projection
                                   + 384 * 720 + 720                # 1x1 to the widths
-                                  + (16 * 48 * 48 + 48) + (4 * 96 * 96 + 96) + (9 * 384 * 384 + 384)  # x4, x2, (x1), x1/2
+                                  + (16 * 48 * 48 + 48)            # rescaled by 4
+                                  + (4 * 96 * 96 + 96)             # by 2 (by 1: nothing)
+                                  + (9 * 384 * 384 + 384)          # by 1/2
                                   + 9 * 720 * 256)                 # 3x3 to 256, no bias
-    assert count(head.fusions) == 7 * 2 * 9 * 256 * 256 + 4 * (256 * 256 + 256)   # the deepest fusion has one unit less
+    # four fusions of two units of two convolutions each, but the deepest has one unit
+    assert count(head.fusions) == 7 * 2 * 9 * 256 * 256 + 4 * (256 * 256 + 256)
     assert count(head) - count(head.levels) - count(head.fusions) == (
         (9 * 256 * 256 + 256) + (9 * 256 * 128 + 128) + (9 * 128 * 32 + 32) + 33)
 
 
-@pytest.mark.parametrize("grid, fine", [((4, 4), (64, 64)), ((5, 6), (96, 96))])  # 5 and 6 are halved to 3; 3 * 32 = 96
+# 5 and 6 are halved to 3; 3 * 32 = 96
+@pytest.mark.parametrize("grid, fine", [((4, 4), (64, 64)), ((5, 6), (96, 96))])
 def test_head_shapes(grid, fine):
-    tokens = torch.randn(2, 4, 1 + grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(2, 4, 1 + grid[0] * grid[1], 16)
     assert seg.LinearHead(16, 4)(tokens, grid).shape == (2, *grid)
     assert seg.DPTHead(16, channels=8)(tokens, grid).shape == (2, *fine)
 
@@ -135,17 +151,19 @@ def test_dpt_fuses_deepest_first_and_by_its_definition():
     torch.manual_seed(0)
     head, tokens, grid, calls = seg.DPTHead(16, channels=8), torch.randn(1, 4, 17, 16), (4, 4), []
     for i, fusion in enumerate(head.fusions):
-        fusion.register_forward_hook(lambda module, inputs, output, i=i: calls.append((i, inputs, output)))
+        fusion.register_forward_hook(lambda _, inputs, output, i=i: calls.append((i, inputs, output)))
     out = head(tokens, grid)
     assert [i for i, _, _ in calls] == [3, 2, 1, 0]
-    assert [tuple(inputs[0].shape[-2:]) for _, inputs, _ in calls] == [(2, 2), (4, 4), (8, 8), (16, 16)]
+    sides = [tuple(inputs[0].shape[-2:]) for _, inputs, _ in calls]
+    assert sides == [(2, 2), (4, 4), (8, 8), (16, 16)]
     assert all(after[1][1] is before[2] for before, after in zip(calls, calls[1:]))
     up = torch.nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-    x = None
-    for level, fusion in zip(reversed(head.levels), reversed(head.fusions)):  # the definition once more, with PyTorch's own resize
+    x = None  # the definition once more, with PyTorch's own resize
+    for level, fusion in zip(reversed(head.levels), reversed(head.fusions)):
         i = 3 if x is None else i - 1
         cls = tokens[:, i, :1].expand(-1, 16, -1)
-        y = F.gelu(level.readout(torch.cat([tokens[:, i, 1:], cls], -1))).transpose(1, 2).reshape(1, 16, 4, 4)
+        y = F.gelu(level.readout(torch.cat([tokens[:, i, 1:], cls], -1)))
+        y = y.transpose(1, 2).reshape(1, 16, 4, 4)
         y = level.reduce(level.rescale(level.project(y)))
         unit = lambda u, z: z + u.conv2(u.conv1(z.relu()).relu())  # noqa: E731
         x = y if x is None else x + unit(fusion.unit1, y)
@@ -163,18 +181,20 @@ def test_class_token_matters_to_dpt_alone():
 
 
 def test_blocks_are_dinov2s():
-    assert [seg.blocks_of("dpt", d) for d in (12, 24, 40)] == [((2, 5, 8, 11), False), ((4, 11, 17, 23), False), ((9, 19, 29, 39), False)]
+    dpt = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
+    assert {depth: seg.blocks_of("dpt", depth) for depth in dpt} == {d: (b, False) for d, b in dpt.items()}
     assert seg.blocks_of("linear", 12) == ((11,), True)
     assert seg.blocks_of("boosted", 40) == ((36, 37, 38, 39), True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Tokens, training, prediction
 
 
 def test_loss_by_hand_and_on_empty_masks():
     ones, empty = torch.ones(1, 4, 5), torch.zeros(1, 4, 5)
-    assert seg.segmentation_loss(torch.zeros(1, 4, 5), ones).item() == pytest.approx(np.log(2) + 1 - (2 * 10 + 1) / (10 + 20 + 1))
+    loss = seg.segmentation_loss(torch.zeros(1, 4, 5), ones).item()
+    assert loss == pytest.approx(np.log(2) + 1 - (2 * 10 + 1) / (10 + 20 + 1))
     z = torch.full((1, 4, 5), -30.0, requires_grad=True)
     loss = seg.segmentation_loss(z, empty)
     loss.backward()
@@ -182,31 +202,36 @@ def test_loss_by_hand_and_on_empty_masks():
 
 
 def test_frozen_tokens_are_the_backbones_and_are_kept(tmp_path, monkeypatch):
-    paths = [str(p) for p in sorted((disc_tree(tmp_path / "k") / "images").iterdir())][:10]  # more than a batch of 8
+    paths = data.images_in(disc_tree(tmp_path / "k") / "images")[:10]  # more than a batch of 8
     model, folder = tiny_vit(registers=2), tmp_path / "features"
-    kept = seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder)
-    assert kept.shape == (10, 2, 4, 5, 16) and kept[9].dtype == np.float16 and isinstance(kept[9], np.memmap)
+    how = dict(model=model, paths=paths, kind="dpt", size=28, mirror=True, folder=folder)
+    kept = seg.frozen_tokens(**how)
+    assert kept.shape == (10, 2, 4, 5, 16) and kept[9].dtype == np.float16
+    assert isinstance(kept[9], np.memmap)
     x = frozen.read_batch(paths[9:], 28, "stretch")
     for view, images in enumerate((x, x.flip(-1))):
         blocks = model.intermediate(images, range(4), norm=False)
         expected = torch.stack([torch.cat([b["cls"][:, None], b["patches"]], 1) for b in blocks], 1)
-        torch.testing.assert_close(torch.from_numpy(kept[9][view].copy())[None].float(), expected, rtol=2e-3, atol=2e-3)
+        found = torch.from_numpy(kept[9][view].copy())[None].float()
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
     with monkeypatch.context() as m:
         m.setattr(model, "intermediate", lambda *a, **k: pytest.fail("computed again"))
-        assert np.array_equal(list(seg.frozen_tokens(model, paths, "dpt", 28, mirror=True, folder=folder)), list(kept))
-    for other in (dict(model=tiny_vit(registers=2, seed=1)), dict(paths=paths[1:]), dict(kind="boosted"), dict(size=42), dict(mirror=False),
-                  dict(dtype=torch.bfloat16)):
-        seg.frozen_tokens(**(dict(model=model, paths=paths, kind="dpt", size=28, mirror=True, folder=folder) | other))
-    assert len(list(folder.iterdir())) == 7  # weights, frames, blocks, size, mirror and precision are all in the key
-    monkeypatch.setattr(frozen.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 100}))
+        assert np.array_equal(list(seg.frozen_tokens(**how)), list(kept))
+    for other in (dict(model=tiny_vit(registers=2, seed=1)), dict(paths=paths[1:]), dict(size=42),
+                  dict(kind="boosted"), dict(mirror=False), dict(dtype=torch.bfloat16)):
+        seg.frozen_tokens(**how | other)
+    assert len(list(folder.iterdir())) == 7  # each of the six is in the key
+    monkeypatch.setattr(frozen.shutil, "disk_usage", lambda folder: mock.Mock(free=100))
     with pytest.raises(ValueError, match="need 0.0 GB.*--features"):
         seg.frozen_tokens(model, paths, "linear", 56, mirror=True, folder=folder)
 
 
 def planted(n, seed, noise=1.0, dim=12):
-    """Tokens of which one direction tells polyp from mucosa, on an 8x8 grid, with mirror images; masks of 32x32."""
+    """Tokens of which one direction tells polyp from mucosa, on an 8x8 grid, with mirror images;
+    masks of 32x32."""
     g = torch.Generator().manual_seed(seed)
-    cells = F.max_pool2d((torch.rand(n, 1, 8, 8, generator=g) > 0.93).float(), 3, stride=1, padding=1)[:, 0]    # (n, 8, 8)
+    seeds = (torch.rand(n, 1, 8, 8, generator=g) > 0.93).float()
+    cells = F.max_pool2d(seeds, 3, stride=1, padding=1)[:, 0]                # (n, 8, 8)
     tokens = noise * torch.randn(n, 2, 1, 65, dim, generator=g)
     for view, c in enumerate((cells, cells.flip(-1))):
         tokens[:, view, 0, 1:, 3] += 6 * c.flatten(1)
@@ -248,23 +273,25 @@ def test_mirrored_frame_gives_mirrored_prediction(kind):
     head = seg.new_polyp_head(kind, model.dim, model.depth, 8).eval()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    with_mirror, plain = ([seg.predict(model, head, kind, i, (40, 50), (28, 42), mirror) for i in (image, flipped)] for mirror in (True, False))
+    with_mirror, plain = ([seg.predict(model, head, kind, i, (40, 50), (28, 42), mirror)
+                           for i in (image, flipped)] for mirror in (True, False))
     torch.testing.assert_close(with_mirror[0], with_mirror[1].flip(-1), rtol=0, atol=1e-4)
     assert (plain[0] - plain[1].flip(-1)).abs().max() > 1e-3  # without the mirror image it does not
     one = [seg.predict(model, head, kind, image, (40, 50), (s,)) for s in (28, 42)]
-    torch.testing.assert_close(plain[0], (one[0] + one[1]) / 2)  # several sizes: the mean of their probabilities
+    torch.testing.assert_close(plain[0], (one[0] + one[1]) / 2)  # of several sizes the mean
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The command
 
 
-SMALL = ["--size", "28", "--boosted-size", "42", "--scales", "1", "1.33", "--steps", "12", "--dpt-channels", "8", "--device", "cpu"]
+SMALL = ("--size 28 --boosted-size 42 --scales 1 1.33 --steps 12 --dpt-channels 8 "
+         "--device cpu").split()
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Two trees, a checkpoint (fewer blocks than a real one, for speed) and the rows of one run over everything."""
+    """Two trees and a checkpoint."""
     root = tmp_path_factory.mktemp("segment")
     trees = disc_tree(root / "one"), disc_tree(root / "two", seed=1, colour=20)
     torch.manual_seed(5)
@@ -273,8 +300,9 @@ def workplace(tmp_path_factory):
 
 
 def run(root, trees, out):
-    return seg.main([str(root / "b.pt"), "--data", str(trees[0]), "--generalise", str(trees[1]), "--heads", "linear", "boosted", "dpt",
-                     "--features", str(root / "features"), "--out", str(root / out), *SMALL])
+    return seg.main([str(root / "b.pt"), "--data", str(trees[0]), "--generalise", str(trees[1]),
+                     "--heads", "linear", "boosted", "dpt", "--features", str(root / "features"),
+                     "--out", str(root / out), *SMALL])
 
 
 def test_command_prints_rows_twice_the_same(workplace, capsys):
@@ -282,33 +310,41 @@ def test_command_prints_rows_twice_the_same(workplace, capsys):
     rows = run(root, trees, "r.json")
     printed = capsys.readouterr().out
     results = [r for r in rows if r["table"] == "results"]
+    backbones = [str(root / "b.pt"), "random initialisation (vitt14)"]
+    tried = [("mean training mask", "none"), *((b, h) for b in backbones for h in seg.HEADS.values())]
     assert [(r["backbone"], r["head"], r["tested on"]) for r in results] == [
-        (b, h, t) for b, heads in (("mean training mask", ["none"]), (str(root / "b.pt"), seg.HEADS.values()),
-                                   ("random initialisation (vitt14)", seg.HEADS.values())) for h in heads for t in ("held-out, same source", "two")]
+        (*backbone_and_head, t) for backbone_and_head in tried for t in ("held-out, same source", "two")]
     assert [r["frames tested"] for r in results[:2]] == [4, 14] and results[2]["step"] == 7
     assert json.loads((root / "r.json").read_text())[3]["Dice"] == rows[3]["Dice"]
-    assert "| Dice | IoU | dataset IoU | PraNet mDice (256 thresholds) |" in printed and "PraNet: mean over 256" in printed
+    assert "| Dice | IoU | dataset IoU | PraNet mDice (256 thresholds) |" in printed
+    assert "PraNet: mean over 256" in printed
     gains = [r for r in rows if r["table"] == "difference"]
     assert len(gains) == 6
+    dice = {(r["backbone"], r["head"], r["tested on"]): r["Dice"] for r in results}
     for gain in gains:
-        ours, theirs = (next(r["Dice"] for r in results if (r["backbone"], r["head"], r["tested on"]) == (b, gain["head"], gain["tested on"]))
-                        for b in (gain["backbone"], gain["minus"]))
-        assert gain["Dice"] == pytest.approx(ours - theirs) and gain["Dice low"] <= gain["Dice"] <= gain["Dice high"]
+        of = gain["head"], gain["tested on"]
+        assert gain["Dice"] == pytest.approx(dice[gain["backbone"], *of] - dice[gain["minus"], *of])
+        assert gain["Dice low"] <= gain["Dice"] <= gain["Dice high"]
     for row in results[2:]:
-        with Image.open(root / row["panels"]) as sheet:  # per frame 240 pixels and a caption: two worst, median, best, none twice
+        with Image.open(root / row["panels"]) as sheet:  # two worst, median, best, none twice
             assert sheet.height // 256 == min(6, row["frames tested"]) and sheet.width >= 3 * 240
-    assert run(root, trees, "again.json") == [r if r.get("panels") is None else r | {"panels": r["panels"].replace("r.", "again.", 1)} for r in rows]
+    for row in results[2:]:
+        row["panels"] = row["panels"].replace("r.", "again.", 1)
+    assert run(root, trees, "again.json") == rows
 
 
 def test_pranet_tree_has_a_row_per_test_set(tmp_path, workplace):
     for part, seed in (("TrainDataset", 0), ("TestDataset/ETIS", 1), ("TestDataset/Kvasir", 2)):
         disc_tree(tmp_path / part, n=12, seed=seed)
-    rows = seg.main(["--data", str(tmp_path), "--heads", "linear", "--features", str(tmp_path / "f"), "--out", str(tmp_path / "r.json"), *SMALL])
+    rows = seg.main(["--data", str(tmp_path), "--heads", "linear", "--features", str(tmp_path / "f"),
+                     "--out", str(tmp_path / "r.json"), *SMALL])
     assert [(r["head"], r["tested on"], r["frames tested"]) for r in rows] == [
         (head, test, 12) for head in ("none", "linear") for test in ("ETIS", "Kvasir")]
-    disc_tree(tmp_path / "Kvasir-SEG")  # preferred, with its own test frames alone: PraNet's are among those that it trains on
+    # preferred, with its own test frames alone: PraNet's are among those that it trains on
+    disc_tree(tmp_path / "Kvasir-SEG")
     labelled, sets = seg.open_sets(seg.parse(["--data", str(tmp_path)]), "polyps")
-    assert labelled.name.startswith("Kvasir-SEG") and [tested.words for tested in sets] == ["held-out, same source"]
+    assert labelled.name.startswith("Kvasir-SEG")
+    assert [tested.words for tested in sets] == ["held-out, same source"]
 
 
 def test_other_sets_need_no_lists_and_synthetic_ones_say_so(tmp_path, workplace):
@@ -318,14 +354,16 @@ def test_other_sets_need_no_lists_and_synthetic_ones_say_so(tmp_path, workplace)
         (clinic / name).unlink()
     made = disc_tree(tmp_path / "made", n=14, seed=4)
     (made / "made_by.json").write_text(json.dumps({"videos": 1, "scale": 1, "seed": 0}))
-    rows = seg.main(["--data", str(tree), "--generalise", str(clinic), "--generalise", str(made), "--heads", "linear",
-                     "--features", str(tmp_path / "f"), "--out", str(tmp_path / "r.json"), *SMALL])
+    rows = seg.main(["--data", str(tree), "--generalise", str(clinic), "--generalise", str(made),
+                     "--heads", "linear", "--features", str(tmp_path / "f"),
+                     "--out", str(tmp_path / "r.json"), *SMALL])
     assert [(r["tested on"], r["frames tested"]) for r in rows[:3]] == [
         ("held-out, same source", 4), ("clinic", 6), ("synthetic made", 14)]
     assert "; synthetic made: synthetic frames in the layout of" in rows[0]["also tested on"]
     args = seg.parse(["--data", str(made)])
     labelled, sets = seg.open_sets(args, "polyps")
-    assert labelled.name.startswith("synthetic") and [s.words for s in sets] == ["synthetic held-out, same source"]
+    assert labelled.name.startswith("synthetic")
+    assert [s.words for s in sets] == ["synthetic held-out, same source"]
 
 
 def test_trivial_row_knows_where_polyps_were_and_nothing_else():
@@ -363,17 +401,21 @@ def test_one_sentence_for_wrong_inputs(tmp_path, workplace):
 
 def test_shots_write_a_head_from_a_few_frames(workplace, tmp_path):
     root, trees = workplace
-    flags = ["--data", str(trees[0]), "--features", str(tmp_path / "f"), "--precision", "fp32", *SMALL, "--steps", "3"]
-    rows = seg.main([str(root / "b.pt"), *flags, "--shots", "1", "4", "--out", str(tmp_path / "r.json")])
+    flags = ["--data", str(trees[0]), "--features", str(tmp_path / "f"), "--precision", "fp32",
+             *SMALL, "--steps", "3", "--out", str(tmp_path / "r.json")]
+    rows = seg.main([str(root / "b.pt"), *flags, "--shots", "1", "4"])
     few = [r for r in rows if r["table"] == "few-shot"]
     assert [(r["backbone"], r["labelled frames"]) for r in few] == [
         (b, n) for b in (str(root / "b.pt"), "random initialisation (vitt14)") for n in (1, 4)]
-    assert all(r["Dice sd"] >= 0 and r["setting"] == "lr 0.01 (fixed)" for r in few) and len(rows) == 5
+    assert all(r["Dice sd"] >= 0 and r["setting"] == "lr 0.01 (fixed)" for r in few)
+    assert len(rows) == 5
     model = vit.load_backbone(root / "b.pt")
     head = frozen.load_head(tmp_path / "b.polyps.linear.pt", model)
-    assert head.setting == seg.FEW_SHOT | {"labelled frames": 4} and set(head.metrics["test"]) == {"Dice"}
+    assert head.setting == seg.FEW_SHOT | {"labelled frames": 4}
+    assert set(head.metrics["test"]) == {"Dice"}
     args, labelled = seg.parse(flags), seg.data.open_labelled(trees[0], "polyps")
     drawn = labelled.splits[0].train[np.random.default_rng((0, 0)).permutation(9)[:4]]
-    tokens = list(seg.frozen_tokens(model, [labelled.paths[i] for i in drawn], "linear", 28, True, tmp_path / "f"))
-    again = seg.trained_head(args, model, "linear", tokens, seg.masks_of(labelled, drawn, 28), 1e-2, 0)
-    assert all(torch.equal(t, head.network.state_dict()[k]) for k, t in again.state_dict().items())
+    tokens = list(seg.tokens_of(args, model, "linear", labelled, drawn, mirror=True))
+    masks = seg.masks_of(labelled, drawn, 28)
+    again = seg.trained_head(args, model, "linear", tokens, masks, 1e-2, seed=0).state_dict()
+    assert all(torch.equal(t, again[k]) for k, t in head.network.state_dict().items())

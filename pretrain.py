@@ -53,7 +53,8 @@ from dino import (DINOv2, clip_gradients, cosine_schedule, everywhere,  # noqa: 
 # the plateau where teacher and student are uniform: Sinkhorn spreads each of 2B rows over K / 2B
 # prototypes, so K is small; the teacher is sharp and follows fast; the crops are large and keep
 # their colour, so that two crops of one frame have something in common to be found.
-# one-gpu lies between the two, for a card of 16 GB; nobody has run it.
+# one-gpu lies between the two, for a card of 16 GB. Counted: 6.5 GiB for ViT-S and 13.5 for ViT-B,
+# for which --checkpoint-activations is wise. Nobody has run it.
 NAMES = "scratch", "scratch-long", "adapt", "one-gpu", "demo"
 SHRINK_ON_CPU = "steps", "batch", "prototypes", "global_size", "local_size"  # to demo's values
 

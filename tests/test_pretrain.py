@@ -1,4 +1,5 @@
-"""Whole runs of pretraining with a tiny network: split over processes, poisoned, recomputed, and whether they learn."""
+"""Whole runs of pretraining with a tiny network: split over processes, poisoned, recomputed, and
+whether they learn."""
 import os
 import pathlib
 
@@ -13,14 +14,16 @@ import vit
 
 
 def test_recomputed_activations_change_nothing(frames, tmp_path):
-    """Stochastic depth draws its samples before the blocks, so that computing a block again computes the same."""
+    """Stochastic depth draws its samples before the blocks, so that computing a block again
+    computes the same."""
     run(frames, tmp_path, "--checkpoint-activations", "--drop-path", 0.5, steps=4)
     run(frames, tmp_path / "kept", "--drop-path", 0.5, steps=4)
     assert_same_run(tmp_path, tmp_path / "kept")
 
 
 def test_processes_and_shards_agree(frames, tmp_path, monkeypatch):
-    """Two gloo processes under DDP and FSDP2 equal one process on the same global batch, and go on from each other's files."""
+    """Two gloo processes under DDP and FSDP2 equal one process on the same global batch, and go
+    on from each other's files."""
     def at(name):
         return tmp_path / name
 
@@ -59,8 +62,9 @@ def test_processes_and_shards_agree(frames, tmp_path, monkeypatch):
 
 
 def test_shards_agree_with_ddp_in_16_bits(frames, tmp_path):
-    """FSDP2 gathers a block's products in the number type itself, where DDP leaves the casting to autocast: the first
-    losses are equal but for the order of sums, and three steps later to half a percent."""
+    """FSDP2 gathers a block's products in the number type itself, where DDP leaves the casting
+    to autocast: the first losses are equal but for the order of sums, and three steps later to
+    half a percent."""
     runs = [(f"{kind}-{precision}", flags(frames, tmp_path / f"{kind}-{precision}", "--precision", precision, *more, steps=4))
             for precision in ("bf16", "fp16") for kind, more in (("ddp", []), ("fsdp", ["--shard"]))]
     finish(spawn([argv for _, argv in runs], world=2))
@@ -74,7 +78,7 @@ def test_shards_agree_with_ddp_in_16_bits(frames, tmp_path):
         assert scaler == other and bool(scaler) == (precision == "fp16")
 
 
-# --- runs that go wrong -----------------------------------------------------------------------------------------------
+# --- runs that go wrong ------------------------------------------------------------------------
 
 
 def poison(monkeypatch, steps, crops="global_crops"):
@@ -133,12 +137,12 @@ def test_bad_flags_are_named(frames, tmp_path, capsys, more, sentence):
     assert sentence in str(error.value) + capsys.readouterr().err
 
 
-# --- does it learn? ---------------------------------------------------------------------------------------------------
+# --- does it learn? ----------------------------------------------------------------------------
 
 
 def test_learns_and_is_watched_on_synthetic_frames(tmp_path, capsys):
-    """A short run on simulated videos: every term falls below chance, the prototypes stay in use, and the online probe keeps the
-    best teacher whatever its loss."""
+    """A short run on simulated videos: every term falls below chance, the prototypes stay in
+    use, and the online probe keeps the best teacher whatever its loss."""
     import synthetic
     synthetic.ensure(tmp_path / "frames", videos=4, frames=8, scale=0.15, size=80, workers=0)
     argv = ["--arch", "tiny", "--recipe", "demo", "--device", "cpu", "--data", tmp_path / "frames" / "unlabelled", "--out", tmp_path / "run",
@@ -158,8 +162,9 @@ def test_learns_and_is_watched_on_synthetic_frames(tmp_path, capsys):
 
 @pytest.mark.parametrize("arch", [name for name in vit.ARCHS])
 def test_a_new_network_starts_in_the_healthy_range(frames, arch, monkeypatch):
-    """No warning at the first step of any recipe: the teacher of `scratch` is not centred yet, so that its loss is below
-    ln K by more than a tenth. Two blocks of each architecture, as LayerScale makes the others small at the start."""
+    """No warning at the first step of any recipe: the teacher of `scratch` is not centred yet,
+    so that its loss is below ln K by more than a tenth. Two blocks of each architecture, as
+    LayerScale makes the others small at the start."""
     monkeypatch.setitem(vit.ARCHS, arch, vit.ARCHS[arch] | {"depth": 2})
     for recipe in pretrain.RECIPES:
         args = pretrain.parse([str(a) for a in ["--arch", arch, "--recipe", recipe, "--device", "cpu", "--data", frames, "--workers", 0,
@@ -195,7 +200,7 @@ def test_warns_of_collapse():
         assert words in warning
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
+# --- flags -------------------------------------------------------------------------------------
 
 
 def test_help_names_every_recipe_and_needs_nothing(capsys):
@@ -207,7 +212,8 @@ def test_help_names_every_recipe_and_needs_nothing(capsys):
 
 
 def test_without_a_gpu_and_a_recipe_it_is_the_demo_whole(capsys):
-    """`torchrun pretrain.py --arch vitb14` in a classroom: not scratch's temperatures at the demo's sizes."""
+    """`torchrun pretrain.py --arch vitb14` in a classroom: not scratch's temperatures at the
+    demo's sizes."""
     args = vars(pretrain.parse(["--arch", "vitb14", "--device", "cpu"]))
     assert args["recipe"] == "demo" and "no --recipe: demo" in capsys.readouterr().out
     assert {key: args[key] for key in pretrain.RECIPES["demo"]} == pretrain.RECIPES["demo"]
@@ -243,7 +249,8 @@ def test_compile_without_a_compiler_is_one_sentence(frames, tmp_path, monkeypatc
 
 
 def test_a_new_flag_is_a_row_and_older_runs_go_on(frames, tmp_path, monkeypatch, capsys):
-    """A weight that a student adds for one recipe: --help shows it, and last.pt files without it go on with its default."""
+    """A weight that a student adds for one recipe: --help shows it, and last.pt files without it
+    go on with its default."""
     run(frames, tmp_path, steps=2)
     row = ("spread", float, 0.5, "weight of a term of one's own")
     monkeypatch.setitem(pretrain.FLAGS, "losses", [*pretrain.FLAGS["losses"], row])

@@ -1,6 +1,7 @@
 """Runs of pretrain.py for its tests, with a tiny architecture, in this process or in others.
 
-As a program: pretrain.main for each argument list of a JSON list in turn, keeping every last.pt as last_<step>.pt.
+As a program: pretrain.main for each argument list of a JSON list in turn, keeping every last.pt as
+last_<step>.pt. A list may begin with a disturbance, see `disturbed`.
 
     RANK=0 WORLD_SIZE=2 ... python tests/pretrain_runs.py '[["--steps", "4", ...], ...]'
 """
@@ -26,7 +27,7 @@ import augment  # noqa: E402
 import pretrain  # noqa: E402
 import vit  # noqa: E402
 
-TINY = dict(dim=32, depth=2, heads=2)  # named in vit.ARCHS while pretrain's tests run, and in the worker's own process
+TINY = dict(dim=32, depth=2, heads=2)  # in vit.ARCHS while these tests run, and in their processes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +35,7 @@ def tiny():
     """--arch tiny, for these tests alone: other files' tests go through every architecture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.ARCHS, "tiny", TINY)
-        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums are split among threads: the same in every run
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums are split among them
         yield
 
 
@@ -43,7 +44,8 @@ def frames(tmp_path_factory):
     """24 small frames: coloured blobs."""
     folder, rng = tmp_path_factory.mktemp("frames"), np.random.default_rng(0)
     for i in range(24):
-        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((80, 64), Image.BICUBIC).save(folder / f"{i:02}.png")
+        blobs = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        blobs.resize((80, 64), Image.BICUBIC).save(folder / f"{i:02}.png")
     return folder
 
 
@@ -60,9 +62,10 @@ def unbroken(frames, tmp_path_factory):
 
 def flags(frames, out, *more, steps=6, batch=4, workers=0):
     """Arguments of a run of a fraction of a second; later flags win."""
-    return ["--arch", "tiny", "--recipe", "demo", "--device", "cpu", "--precision", "fp32", "--data", frames, "--out", out, "--steps", steps, "--batch", batch,
-            "--workers", workers, "--global-size", 56, "--local-size", 28, "--local-crops", 2, "--prototypes", 64, "--head-hidden", 48,
-            "--bottleneck", 16, "--log-every", 1, "--save-every", 2, *more]
+    return ["--arch", "tiny", "--recipe", "demo", "--device", "cpu", "--precision", "fp32",
+            "--data", frames, "--out", out, "--steps", steps, "--batch", batch, "--workers", workers,
+            "--global-size", 56, "--local-size", 28, "--local-crops", 2, "--prototypes", 64,
+            "--head-hidden", 48, "--bottleneck", 16, "--log-every", 1, "--save-every", 2, *more]
 
 
 def run(*args, **kwargs):
@@ -94,21 +97,27 @@ def assert_same_run(out, expected):
 
 
 def spawn(argvs, world=1, others=None, torchrun=False, **kwargs):
-    """Start this file in `world` processes and return them, or the one torchrun that started them. others: the argument lists of
-    the processes other than the first, where they differ."""
-    argvs, others = (json.dumps([[str(a) for a in argv] for argv in lists]) for lists in (argvs, others or argvs))
+    """Start this file in `world` processes and return them, or the one torchrun that started them.
+    others: the argument lists of the processes other than the first, where they differ."""
+    argvs, others = (json.dumps([[str(a) for a in argv] for argv in lists])
+                     for lists in (argvs, others or argvs))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    threads = torch.get_num_threads() if world == 1 else 1  # sums are split among threads: as many as here, to compare to the bit
-    env, kwargs = dict(os.environ, OMP_NUM_THREADS=str(threads)), dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **kwargs)
+        port = str(s.getsockname()[1])
+    # Sums are split among threads: as many as here, to compare to the bit
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if world == 1 else 1)}
+    kwargs |= dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port)]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", port]
         return [subprocess.Popen([sys.executable, *launcher, __file__, argvs], env=env, **kwargs)]
     if world > 1:
-        env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    places = [{"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
-    return [subprocess.Popen([sys.executable, __file__, others if r else argvs], env=env | place, **kwargs) for r, place in enumerate(places)]
+        env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for r in range(world):
+        place = {"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {}
+        command = [sys.executable, __file__, others if r else argvs]
+        started.append(subprocess.Popen(command, env=env | place, **kwargs))
+    return started
 
 
 def finish(processes, code=0):
@@ -129,7 +138,8 @@ def keep_every(atomic_save):
 
 @contextlib.contextmanager
 def disturbed(what, rank):
-    """read=RANK:STEP, a read error of this process at this step; room=BYTES, no file of process 0 can become larger."""
+    """read=RANK:STEP, a read error of this process at this step; room=BYTES, no file of process 0
+    can become larger."""
     kind, _, value = what.partition("=")
     with pytest.MonkeyPatch.context() as patch:
         if kind == "read":

@@ -17,8 +17,8 @@ import time
 
 import pytest
 import torch
-from pretrain_runs import (assert_same_run, final, finish, flags, frames, keep_every, limited, log, run, same, spawn, tiny,  # noqa: F401
-                           unbroken)
+from pretrain_runs import (assert_same_run, final, finish, flags, frames, keep_every,  # noqa: F401
+                           limited, log, run, same, spawn, tiny, unbroken)
 
 import augment
 import checkpoint
@@ -31,7 +31,8 @@ def wait_for(condition, processes=(), seconds=120):
     """Until the condition holds, while the processes live."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end and all(p.poll() is None for p in processes), [p.stderr.read() for p in processes if p.poll()]
+        ended = [p for p in processes if p.poll() is not None]
+        assert time.monotonic() < end and not ended, [p.stderr.read() for p in ended]
         time.sleep(0.002)
 
 
@@ -41,16 +42,18 @@ def logged(out):
 
 def gone(group):
     """Whether no process of the group lives; zombies that nobody waits for do not."""
-    states = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True).stdout.split()
+    command = ["ps", "-o", "stat=", "-g", str(group)]
+    states = subprocess.run(command, capture_output=True, text=True).stdout.split()
     return all(state.startswith("Z") for state in states)
 
 
-# --- killed, signalled ----------------------------------------------------------------------------------------------------
+# --- killed, signalled -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers, precision", [(0, "fp32"), (2, "fp32"), (0, "bf16")])
 def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, workers, precision):
-    """To the bit, in either number type, and at once, though workers of the killed one may live for up to ten seconds."""
+    """To the bit, in either number type, and at once, though workers of the killed one may live
+    for up to ten seconds."""
     unbroken, more = unbroken(precision), ["--precision", precision]
     (process,) = spawn([flags(frames, tmp_path, *more, steps=30, workers=workers)], start_new_session=True)
     wait_for(lambda: logged(tmp_path) >= 4 + workers, [process])
@@ -67,8 +70,8 @@ def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, wor
 def test_workers_that_wait_for_a_disk_end_with_a_killed_trainer(frames, tmp_path):
     shutil.copytree(frames, tmp_path / "frames")
     os.mkfifo(tmp_path / "frames" / "zz.png")  # whoever opens it waits
-    more = ["--seed", 1]
-    (process,) = spawn([flags(tmp_path / "frames", tmp_path, *more, steps=30, workers=2)], start_new_session=True)
+    argv = flags(tmp_path / "frames", tmp_path, steps=30, workers=2)
+    (process,) = spawn([argv], start_new_session=True)
     wait_for(lambda: logged(tmp_path) >= 1, [process])
     time.sleep(1)
     process.kill()
@@ -78,25 +81,27 @@ def test_workers_that_wait_for_a_disk_end_with_a_killed_trainer(frames, tmp_path
 
 @pytest.fixture(scope="module")
 def pair(frames, tmp_path_factory):
-    """Folders of runs of two processes, one after the other, and what each process said."""
+    """Folders of runs of two processes, one after the other, and how each ended in each process:
+    at(name), [{name: sentences} of process 0, of process 1]."""
     at = tmp_path_factory.mktemp("pair").joinpath
 
     def argv(name, *more, what=(), steps=30):
         return [*what, *flags(frames, at(name), "--save-every", 4, *more, steps=steps)]
     shutil.copytree(frames, at("renamed"))
     (at("renamed") / "00.png").rename(at("renamed") / "another.png")
-    here = [argv("unbroken"), argv("local", what=["read=0:5"]), argv("local"), argv("read", what=["read=1:3"]),
-            argv("full", steps=2), argv("full", what=["room=10000"], steps=4), argv("minutes", "--save-every", "0.001m"),
-            argv("names"), argv("weights", "--init", at("unbroken") / "teacher_30.pt"), argv("flags", steps=4)]
-    there = [argv("unbroken"), argv("elsewhere", what=["read=0:5"]), argv("elsewhere"), argv("read", what=["read=1:3"]),
-             argv("full", steps=2), argv("full", what=["room=10000"], steps=4), argv("minutes", "--save-every", "0.001m"),
-             argv("names", "--data", at("renamed")), argv("weights"), argv("flags", "--lr", 1, steps=4)]
-    said = finish(spawn(here, world=2, others=there), code=1)
-    ended = [{} for _ in said]  # {name of the run: how it ended}
+    both = [argv("unbroken"), argv("read", what=["read=1:3"]), argv("full", steps=2),
+            argv("full", what=["room=10000"], steps=4), argv("minutes", "--save-every", "0.001m")]
+    here = [argv("local", what=["read=0:5"]), argv("local"), argv("names"), argv("flags", steps=4),
+            argv("weights", "--init", at("unbroken") / "teacher_30.pt")]
+    there = [argv("elsewhere", what=["read=0:5"]), argv("elsewhere"),
+             argv("names", "--data", at("renamed")), argv("flags", "--lr", 1, steps=4), argv("weights")]
+    said = finish(spawn(both + here, world=2, others=both + there), code=1)
+    ended = [{} for _ in said]
     for found, text in zip(ended, said):
         for part in text.split("run of ")[1:]:
-            name, _, rest = part.partition("\n")
-            found[pathlib.Path(name).name] = [line.partition("ended: ")[2] for line in rest.splitlines() if "ended: " in line]
+            out, *lines = part.splitlines()
+            sentences = [line.partition("ended: ")[2] for line in lines if "ended: " in line]
+            found[pathlib.Path(out).name] = sentences
     return at, ended
 
 
@@ -197,19 +202,21 @@ def final_after(frames, out, *more, stop):
 
 
 def test_another_number_type_chosen_by_auto_is_said(frames, tmp_path, monkeypatch, capsys):
-    """A run moves from a machine that multiplies bf16 to one that does not; asked for, the change is a contradiction."""
+    """A run moves from a machine that multiplies bf16 to one that does not; asked for, the change
+    is a contradiction."""
     for name, avx in (("bf16", True), ("fp32", False)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         run(frames, tmp_path, "--precision", "auto", steps={"bf16": 1, "fp32": 2}[name])
-        assert final(tmp_path)["args"]["number_type"] == json.loads((tmp_path / "args.json").read_text())["number_type"] == name
+        written = json.loads((tmp_path / "args.json").read_text())
+        assert final(tmp_path)["args"]["number_type"] == written["number_type"] == name
         assert f"matrix products in {name}" in capsys.readouterr().out.replace("--precision auto: ", "")
     run(frames, tmp_path, "--precision", "fp32", steps=3)  # what auto chose
     with pytest.raises(SystemExit, match="precision: fp32 in the checkpoint, bf16 asked for"):
         run(frames, tmp_path, "--precision", "bf16", steps=4)
 
 
-# --- several processes, one verdict ---------------------------------------------------------------------------------------
+# --- several processes, one verdict ------------------------------------------------------------
 
 
 def test_process_0_decides_whether_to_resume(pair):
@@ -220,7 +227,8 @@ def test_process_0_decides_whether_to_resume(pair):
 
 
 @pytest.mark.parametrize("name, sentence", [
-    ("names", "process 1 differs from process 0 in its --data"), ("weights", "process 1 differs from process 0 in its first weights"),
+    ("names", "process 1 differs from process 0 in its --data"),
+    ("weights", "process 1 differs from process 0 in its first weights"),
     ("flags", "process 1 differs from process 0 in its --lr: 1.0 instead of 0.012"),
     ("read", "frame.png: Input/output error, process 1"), ("full", "cannot write .*.pt: File too large")])
 def test_processes_end_together_with_one_sentence(pair, name, sentence):
@@ -241,7 +249,7 @@ def test_minutes_between_saves_are_those_of_process_0(pair):
     assert first["minutes"] == second["minutes"] == [] and len(list(at("minutes").glob("last_*.pt"))) > 1
 
 
-# --- disks that are full --------------------------------------------------------------------------------------------------
+# --- disks that are full -----------------------------------------------------------------------
 
 
 def test_full_disk_is_an_error_before_the_first_step(frames, tmp_path, monkeypatch):
@@ -255,7 +263,8 @@ def test_full_disk_is_an_error_before_the_first_step(frames, tmp_path, monkeypat
     free.append(2 * state + 3 * 4 * sum(p.numel() for p in model.student["backbone"].parameters()))
     checkpoint.check_room(args, model)
     free.append(free[-1] - 1)
-    with pytest.raises(SystemExit, match="has 3.1 MiB free and the run will write 3.1 MiB: last.pt of 1.3 MiB.* raise --export"):
+    sentence = "has 3.1 MiB free and the run will write 3.1 MiB: last.pt of 1.3 MiB.* raise --export"
+    with pytest.raises(SystemExit, match=sentence):
         run(frames, tmp_path, "--export-every", 2, steps=6)
     assert {p.name for p in tmp_path.iterdir()} <= {".lock"}
 
@@ -271,7 +280,8 @@ def test_a_disk_that_fills_up_is_an_oserror_for_every_size(tmp_path):
     for size in (0, 100, 1_000, 10_000, 39_000, 40_000, 41_000):
         with limited(size), pytest.raises(OSError, match="File too large"):
             vit.atomic_save({"a": torch.zeros(5_000), "b": torch.zeros(5_000)}, tmp_path / "x.pt")
-        assert torch.load(tmp_path / "x.pt") == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+        assert torch.load(tmp_path / "x.pt") == {"old": 1}
+        assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 def poison(monkeypatch, *steps):
@@ -287,8 +297,8 @@ def poison(monkeypatch, *steps):
 
 
 @pytest.mark.parametrize("more, name", [
-    ((), "last.pt"), (("--export-every", 3, "--save-every", 100), "teacher_3.pt"), (("--probe-every", 3), "best.pt"),
-    (("--max-skips", 1), "nonfinite_3.pt")])
+    ((), "last.pt"), (("--export-every", 3, "--save-every", 100), "teacher_3.pt"),
+    (("--probe-every", 3), "best.pt"), (("--max-skips", 1), "nonfinite_3.pt")])
 def test_a_disk_that_fills_up_in_mid_run_is_a_sentence(frames, tmp_path, monkeypatch, more, name):
     """Whatever is being written; what lay there before stays."""
     run(frames, tmp_path, steps=2)
@@ -297,7 +307,8 @@ def test_a_disk_that_fills_up_in_mid_run_is_a_sentence(frames, tmp_path, monkeyp
         poison(monkeypatch, 3)
         more = (*more, "--save-every", 100)
     monkeypatch.setattr(probe_mes, "online_score", lambda *args: {"kappa": 1.0})
-    monkeypatch.setattr(pretrain, "open_probe", lambda args, say: argparse.Namespace(paths=[]) if args.probe_every else None)
+    labelled = argparse.Namespace(paths=[])
+    monkeypatch.setattr(pretrain, "open_probe", lambda args, say: args.probe_every and labelled)
     sentence = f"cannot write .*{name}: File too large; what lay there before is untouched"
     with limited(20_000), pytest.raises(SystemExit, match=sentence):
         run(frames, tmp_path, *more, steps=6)
@@ -329,7 +340,7 @@ def test_failed_save_keeps_the_previous_checkpoint(frames, tmp_path, monkeypatch
     assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".*.tmp*"))
 
 
-# --- saving beside the training -------------------------------------------------------------------------------------------
+# --- saving beside the training ----------------------------------------------------------------
 
 
 def test_training_goes_on_while_the_file_is_written(frames, unbroken, tmp_path, monkeypatch):
@@ -398,7 +409,8 @@ def test_other_processes_gather_and_keep_nothing(frames, tmp_path, monkeypatch):
         return sum(map(tensors, state.values())) if isinstance(state, dict) else torch.is_tensor(state)
     assert tensors(checkpoint.snapshot(model, optimizer, {}, args)) > 100
     monkeypatch.setattr(checkpoint, "rank", lambda: 1)
-    assert tensors(checkpoint.snapshot(model, optimizer, {}, args)) == 0 and checkpoint.plain_teacher(model, args) is None
+    assert tensors(checkpoint.snapshot(model, optimizer, {}, args)) == 0
+    assert checkpoint.plain_teacher(model, args) is None
 
 
 def test_one_nonfinite_file_is_kept(frames, tmp_path, monkeypatch):
@@ -421,38 +433,46 @@ def test_a_bad_step_saves_the_state_before_it(frames, unbroken, tmp_path, monkey
 def test_exports_load_and_warm_start(frames, tmp_path, capsys):
     run(frames, tmp_path, "--export-every", 2, steps=4)
     assert sorted(p.name for p in tmp_path.glob("teacher_*")) == ["teacher_2.pt", "teacher_4.pt"]
-    teacher = {k.removeprefix("backbone."): v for k, v in final(tmp_path)["teacher"].items() if k.startswith("backbone.")}
+    saved = final(tmp_path)["teacher"]
+    teacher = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
     assert same(dict(vit.load_backbone(tmp_path / "teacher_4.pt").state_dict()), teacher)
     capsys.readouterr()
-    args = pretrain.parse([str(a) for a in flags(frames, tmp_path, "--init", tmp_path / "last.pt", "--global-size", 84)])
-    model = pretrain.build_model(args, print)
-    assert model.student["backbone"].pos_embed.shape == (1, 17, 32) and "dino_head taken" in capsys.readouterr().out
+    more = ["--init", tmp_path / "last.pt", "--global-size", 84]
+    model = pretrain.build_model(pretrain.parse([str(a) for a in flags(frames, tmp_path, *more)]), print)
+    assert model.student["backbone"].pos_embed.shape == (1, 17, 32)
+    assert "dino_head taken" in capsys.readouterr().out
     for part in (model.student, model.teacher):
         assert torch.equal(part["backbone"].norm.weight, teacher["norm.weight"])
-        assert torch.equal(part["dino_head"].last_layer.weight_v, final(tmp_path)["teacher"]["dino_head.last_layer.weight_v"])
+        last = part["dino_head"].last_layer.weight_v
+        assert torch.equal(last, saved["dino_head.last_layer.weight_v"])
 
 
 def test_warm_start_keeps_the_stored_position_grid(frames, tmp_path):
-    """A 4 x 4 grid trained on crops of 84 px stays 4 x 4, in the exports and in a run that goes on, with and without --init."""
+    """A 4 x 4 grid trained on crops of 84 px stays 4 x 4, in the exports and in a run that goes on,
+    with and without --init."""
     run(frames, tmp_path / "first", steps=2)
     warm = ["--init", tmp_path / "first" / "teacher_2.pt", "--global-size", 84, "--lr", 0, "--min-lr", 0]
     run(frames, tmp_path / "second", *warm, steps=2)
     before, after = (vit.load_backbone(tmp_path / run / "teacher_2.pt") for run in ("first", "second"))
     images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     assert after.pos_embed.shape == before.pos_embed.shape == (1, 17, 32)
-    assert torch.equal(before(images)["cls"], after(images)["cls"])  # nothing was learnt at rate 0, and nothing resized
+    assert torch.equal(before(images)["cls"], after(images)["cls"])  # nothing learnt or resized
     run(frames, tmp_path / "second", *warm[2:], steps=3)
     assert final(tmp_path / "second")["step"] == 3
 
 
-# --- the run folder -------------------------------------------------------------------------------------------------------
+# --- the run folder ----------------------------------------------------------------------------
 
 
 def test_two_runs_in_one_folder_are_refused(frames, tmp_path):
     """The lock is the trainer's: a killed one leaves none, though a child of it lives."""
-    program = ("import fcntl, os, sys, time\nlock = open(sys.argv[1], 'w')\nfcntl.lockf(lock, fcntl.LOCK_EX)\n"
-               "if os.fork(): print('locked', flush=True)\ntime.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", program, tmp_path / ".lock"], stdout=subprocess.PIPE, start_new_session=True)
+    program = ("import fcntl, os, sys, time\n"
+               "lock = open(sys.argv[1], 'w')\n"
+               "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+               "if os.fork(): print('locked', flush=True)\n"
+               "time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", program, tmp_path / ".lock"],
+                              stdout=subprocess.PIPE, start_new_session=True)
     holder.stdout.readline()
     with pytest.raises(SystemExit, match=f"another process is writing to {tmp_path}"):
         run(frames, tmp_path, steps=2)
@@ -464,20 +484,22 @@ def test_two_runs_in_one_folder_are_refused(frames, tmp_path):
 
 
 def test_leavings_of_killed_saves_are_cleared(frames, tmp_path):
-    """In the run folder all, under its lock; elsewhere those that are a day old, of processes that do not live."""
+    """In the run folder all, under its lock; elsewhere those that are a day old, of processes that
+    do not live."""
     for name in (".last.tmp123456.pt", ".log.tmp1.jsonl", ".teacher_5.tmp99.pt"):
         (tmp_path / name).write_text("half")
     run(frames, tmp_path, steps=2)
     assert not list(tmp_path.glob(".*.tmp*"))
-    dead = subprocess.Popen(["true"])
+    dead, alive = subprocess.Popen(["true"]), os.getpid()
     dead.wait()
-    left = {tmp_path / f".x.tmp{pid}.pt": age for pid, age in ((dead.pid, 25), (os.getpid() + 0, 25), (2**22 + 1, 23), (2**22 + 2, 25))}
-    for path, hours in left.items():
-        path.write_text("half")
-        os.utime(path, (time.time() - hours * 3600,) * 2)
-    (tmp_path / ".x.tmpfile.pt").write_text("not ours")
+    nobody = 2 ** 22 + 1  # more than Linux gives out
+    for pid, hours in ((dead.pid, 25), (alive, 25), (nobody, 23), (nobody + 1, 25), ("file", 25)):
+        left = tmp_path / f".x.tmp{pid}.pt"
+        left.write_text("half")
+        os.utime(left, (time.time() - hours * 3600,) * 2)
     vit.clear_leavings(tmp_path / "x.pt")
-    assert {p.name for p in tmp_path.glob(".x*")} == {f".x.tmp{os.getpid()}.pt", f".x.tmp{2**22 + 1}.pt", ".x.tmpfile.pt"}
+    stay = {f".x.tmp{alive}.pt", f".x.tmp{nobody}.pt", ".x.tmpfile.pt"}
+    assert {p.name for p in tmp_path.glob(".x*")} == stay
 
 
 def test_beginning_anew_moves_the_old_run_aside(frames, tmp_path, capsys):
@@ -485,14 +507,16 @@ def test_beginning_anew_moves_the_old_run_aside(frames, tmp_path, capsys):
     before = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "notes.txt").write_text("mine")
     run(frames, tmp_path, "--resume", "no", "--lr", 1, steps=3)
-    assert "old-1" in capsys.readouterr().out and (tmp_path / "old-1" / "last.pt").read_bytes() == before
-    assert sorted(p.name for p in (tmp_path / "old-1").iterdir()) == ["args.json", "last.pt", "log.jsonl", "teacher_2.pt"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "args.json", "last.pt", "log.jsonl", "notes.txt", "old-1", "teacher_3.pt"]
+    assert "old-1" in capsys.readouterr().out
+    assert (tmp_path / "old-1" / "last.pt").read_bytes() == before
+    old, new = ({p.name for p in folder.iterdir()} for folder in (tmp_path / "old-1", tmp_path))
+    assert old == {"args.json", "last.pt", "log.jsonl", "teacher_2.pt"}
+    assert new == old - {"teacher_2.pt"} | {".lock", "notes.txt", "old-1", "teacher_3.pt"}
     with pytest.raises(SystemExit, match="whose last.pt would be lost; give another --out"):
         run(frames, tmp_path, "--resume", tmp_path / "old-1" / "last.pt", steps=3)
 
 
-# --- going on -------------------------------------------------------------------------------------------------------------
+# --- going on ----------------------------------------------------------------------------------
 
 
 def test_another_batch_goes_on_with_the_next_frame(frames, tmp_path, monkeypatch):
@@ -520,19 +544,29 @@ def test_other_frames_of_the_same_number_are_noticed(frames, tmp_path):
 
 def test_best_is_forgotten_when_something_else_is_measured(frames, tmp_path, monkeypatch, capsys):
     scores = iter([0.8, 0.5, 0.3, 0.9])
-    monkeypatch.setattr(probe_mes, "online_score", lambda *args: dict.fromkeys(("kappa", "macro_f1"), next(scores)))
-    monkeypatch.setattr(pretrain, "open_probe", lambda args, say: argparse.Namespace(paths=[args.probe_data]))
+
+    def online_score(*args):
+        return dict.fromkeys(("kappa", "macro_f1"), next(scores))
+
+    def open_probe(args, say):
+        return argparse.Namespace(paths=[args.probe_data])
+    monkeypatch.setattr(probe_mes, "online_score", online_score)
+    monkeypatch.setattr(pretrain, "open_probe", open_probe)
 
     def best(steps, *more):
+        """The best score in best.pt and in last.pt, and what was printed."""
         run(frames, tmp_path, "--probe-every", 1, *more, steps=steps)
-        said = capsys.readouterr().out
-        return torch.load(tmp_path / "best.pt")["metrics"]["kappa"], final(tmp_path)["best"], "best.pt begins anew" in said, said
-    assert best(1, "--probe-data", "a")[:3] == (0.8, 0.8, False)
-    kept = best(2, "--probe-data", "a")
-    assert kept[:3] == (0.8, 0.8, False) and "best kappa so far 0.800" in kept[3]
-    other = best(3, "--probe-data", "b")
-    assert other[:3] == (0.3, 0.3, True) and "inf" not in other[3]
-    assert best(4, "--probe-data", "b", "--probe-task", "landmarks")[:3] == (0.9, 0.9, True)
+        kept = torch.load(tmp_path / "best.pt")["metrics"]["kappa"]
+        assert kept == final(tmp_path)["best"]
+        return kept, capsys.readouterr().out
+    kept, said = best(1, "--probe-data", "a")
+    assert kept == 0.8 and "inf" not in said and "begins anew" not in said
+    kept, said = best(2, "--probe-data", "a")
+    assert kept == 0.8 and "best kappa so far 0.800" in said and "begins anew" not in said
+    kept, said = best(3, "--probe-data", "b")
+    assert kept == 0.3 and "best.pt begins anew" in said
+    kept, said = best(4, "--probe-data", "b", "--probe-task", "landmarks")
+    assert kept == 0.9 and "best.pt begins anew" in said
 
 
 def test_lines_that_are_no_records_are_dropped_and_said(frames, tmp_path, capsys):
@@ -540,17 +574,22 @@ def test_lines_that_are_no_records_are_dropped_and_said(frames, tmp_path, capsys
     whole = (tmp_path / "log.jsonl").read_bytes()
     (tmp_path / "log.jsonl").write_bytes(whole + b"\0\0\0\n\xff\xfe\n[]\n{}\n7\n" + b'{"step": 5, "lo')
     run(frames, tmp_path, steps=6)
-    assert [line["step"] for line in log(tmp_path)] == list(range(6)) and "5 lines are no records" in capsys.readouterr().out
+    assert [line["step"] for line in log(tmp_path)] == list(range(6))
+    assert "5 lines are no records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error, sentence", [
-    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n...\nRuntimeError: unable to allocate shared memory(shm) for "
-                  "file </torch_1_2_3>: No space left on device (28)"), "no shared memory left .* --shm-size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-                  "shared memory. Please try to raise your shared memory limit."), "no shared memory left .* --shm-size"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader's worker died .*signal: Killed.*fewer --workers"),
-    (augment.data.BadImage("Caught BadImage in DataLoader worker process 1.\nOriginal Traceback\n  raise\ndata.BadImage: no readable "
-                           "frame in 20 draws:\n  a.png"), "^no readable frame in 20 draws:\n  a.png$")])
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n...\nRuntimeError: unable to "
+                  "allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"),
+     "no shared memory left .* --shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                  "dataloader's workers are out of shared memory. Please try to raise your shared "
+                  "memory limit."), "no shared memory left .* --shm-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+     "a loader's worker died .*signal: Killed.*fewer --workers"),
+    (augment.data.BadImage("Caught BadImage in DataLoader worker process 1.\nOriginal Traceback\n  "
+                           "raise\ndata.BadImage: no readable frame in 20 draws:\n  a.png"),
+     "^no readable frame in 20 draws:\n  a.png$")])
 def test_trouble_of_the_loader_is_a_sentence_and_saves_first(frames, tmp_path, monkeypatch, error, sentence):
     def batches(*args):
         yield from itertools.islice(made(*args), 3)
@@ -597,7 +636,7 @@ def test_damaged_checkpoint_is_named(frames, tmp_path):
         run(frames, tmp_path, steps=2)
 
 
-# --- float16 -------------------------------------------------------------------------------------
+# --- float16 -----------------------------------------------------------------------------------
 
 
 def scaled(monkeypatch, scale, **kwargs):

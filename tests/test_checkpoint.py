@@ -263,7 +263,7 @@ def test_full_disk_is_an_error_before_the_first_step(frames, tmp_path, monkeypat
     free.append(2 * state + 3 * 4 * sum(p.numel() for p in model.student["backbone"].parameters()))
     checkpoint.check_room(args, model)
     free.append(free[-1] - 1)
-    sentence = "has 3.1 MiB free and the run will write 3.1 MiB: last.pt of 1.3 MiB.* raise --export"
+    sentence = "lacks 1 bytes: 3.1 MiB are free and .* write 3.1 MiB, last.pt of 1.3 MiB.* raise --export"
     with pytest.raises(SystemExit, match=sentence):
         run(frames, tmp_path, "--export-every", 2, steps=6)
     assert {p.name for p in tmp_path.iterdir()} <= {".lock"}

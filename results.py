@@ -559,7 +559,7 @@ def report(args, title, rows, labelled, sets, about):
         "precision": f"{precision} features" + " (auto)" * (args.precision == "auto"),
         "seed": args.seed} | about | {"paper value": "not available"}
     rows = [row | about for row in rows]
-    print(f"\n## {made_by(labelled).title()}{title}\n")
+    print(f"\n## {'Synthetic: ' if made_by(labelled) else ''}{title}\n")
     print("\n".join(f"* {k}: {v}" for k, v in about.items() if v is not None))
     hidden = {"table", "step", "draws", "panels", *about}
     for table, caption in CAPTIONS.items():

@@ -399,6 +399,17 @@ def test_one_sentence_for_wrong_inputs(tmp_path, workplace):
         seg.main([str(root / "b.pt"), str(tmp_path / "nan.pt"), "--data", str(trees[0]), *SMALL])
 
 
+def test_twenty_frames_without_lists_are_enough(workplace, tmp_path):
+    root, _ = workplace
+    own = disc_tree(tmp_path / "own", n=20, seed=5)
+    for name in ("train.txt", "val.txt"):
+        (own / name).unlink()
+    rows = seg.main([str(root / "b.pt"), "--data", str(own), "--shots", "10", *SMALL, "--steps", "2",
+                     "--features", str(tmp_path / "f"), "--out", str(tmp_path / "r.json")])
+    assert [r["labelled frames"] for r in rows if r["table"] == "few-shot"] == [10, 10]
+    assert (tmp_path / "b.polyps.linear.pt").exists()
+
+
 def test_shots_write_a_head_from_a_few_frames(workplace, tmp_path):
     root, trees = workplace
     flags = ["--data", str(trees[0]), "--features", str(tmp_path / "f"), "--precision", "fp32",

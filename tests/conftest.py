@@ -1,4 +1,5 @@
-"""What every test shares: where the official numbers lie, and how weights and inputs are made from their names."""
+"""What every test shares: where the official numbers lie, how weights and inputs are made from their
+names, one small set of synthetic frames."""
 import pathlib
 import sys
 
@@ -13,22 +14,24 @@ from fill import array, fill_value  # noqa: E402
 
 @pytest.fixture(scope="session")
 def synthetic_set(tmp_path_factory):
-    """The embedded data set, small: 2 videos of 6 frames and a twentieth of the patients, all 64 px. Made once for all
-    tests, which only read it."""
+    """The embedded data set, small: 2 videos of 6 frames, a twentieth of the patients, all 64 px. Made
+    once for all tests, which only read it."""
     import synthetic
-    return synthetic.ensure(tmp_path_factory.mktemp("synthetic") / "set", videos=2, frames=6, scale=.05, size=64, workers=0)
+    root = tmp_path_factory.mktemp("synthetic") / "set"
+    return synthetic.ensure(root, videos=2, frames=6, scale=.05, size=64, workers=0)
 
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    """Probes with 20 draws in each interval, 2 of few labels and 2 settings a head: all of their code in a tenth of the
-    time, for tests that do not look at the numbers."""
+    """Probes with 20 draws in each interval, 2 of few labels and 2 settings a head: all of their code
+    in a tenth of the time, for tests that do not look at the numbers."""
     import probe_classify
     import probe_mes
     import probe_segment
     import results
     interval = results.bootstrap_interval
-    monkeypatch.setattr(results, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
+    monkeypatch.setattr(
+        results, "bootstrap_interval", lambda *a, **k: interval(*a, **k | {"n": 20}))
     for module in (results, probe_segment):
         monkeypatch.setattr(module, "DRAWS", 2)
     for module in (probe_classify, probe_mes):
@@ -44,10 +47,12 @@ def reference():
 
 @pytest.fixture
 def filled():
-    """filled(module, prefix="") gives every tensor of its state dict the reference value of its name; returns the module."""
+    """filled(module, prefix="") gives every tensor of its state dict the reference value of its name;
+    returns the module."""
     def fill(module, prefix=""):
         state = module.state_dict()
-        module.load_state_dict({k: torch.from_numpy(fill_value(prefix + k, v.shape)) for k, v in state.items()})
+        module.load_state_dict({
+            k: torch.from_numpy(fill_value(prefix + k, v.shape)) for k, v in state.items()})
         return module
     return fill
 

@@ -1,5 +1,5 @@
-"""README.md and docs/course.md against the code: every file, function, flag, test and set-up command that they name;
-what the course says its experiments print; the README's commands, small; demo.sh, stopped and started again.
+"""README.md and docs/ against the code: every file, function, flag, test and set-up command that they
+name; what the course says its experiments print; the commands, small; demo.sh, stopped and started.
 """
 import argparse
 import ast
@@ -19,7 +19,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
-SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment", "probe_mes", "predict", "docs.study", "bench")
+SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment",
+           "probe_mes", "predict", "docs.study", "bench")
 FOREIGN_FLAGS = {"--nproc-per-node", "--help"}  # torchrun's, and everyone's
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 texts = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -27,14 +28,17 @@ texts = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 def test_file_map_names_every_file():
     mapped = set(re.findall(r"^\| \d* ?\| `([\w./]+)` \|", README.read_text(), re.M))
-    assert mapped == {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.sh", "custom_kernels/*.py", "docs/*.py") for path in ROOT.glob(pattern)}
+    patterns = "*.py", "*.sh", "custom_kernels/*.py", "docs/*.py"
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    assert mapped == {str(path.relative_to(ROOT)) for path in files}
 
 
 def test_set_up_commands_are_those_of_ci():
     commands = [line for line in README.read_text().splitlines() if "-m venv" in line]
     ci = [line for line in (ROOT / ".ci/run").read_text().splitlines() if "-m venv" in line]
     assert len(commands) == 2 and commands[1:] == ci
-    set_up = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && .venv/bin/python "
+    set_up = ("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+              ".venv/bin/python ")
     assert commands == [set_up + "pretrain.py --arch vitt14 --recipe demo", set_up + "-m pytest"]
 
 
@@ -44,7 +48,8 @@ def defined(path):
     for node in ast.parse(path.read_text()).body:
         targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
         names |= {node.name} if hasattr(node, "name") else set(targets)
-        names |= {f"{node.name}.{part.name}" for part in getattr(node, "body", []) if hasattr(part, "name") and isinstance(node, ast.ClassDef)}
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if hasattr(part, "name")}
     return names
 
 
@@ -58,13 +63,14 @@ def test_functions_and_tests_exist(path):
 @texts
 def test_files_exist(path):
     text = path.read_text()
-    linked = [target for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)", text) if not target.startswith("http")]
+    linked = re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)", text)
     assert not [target for target in linked if not (path.parent / target).exists()]
     coded = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|txt|png))`", text)
-    assert (coded or path != README) and not [name for name in coded if not (ROOT / name).exists()]
+    assert coded or path != README
+    assert not [name for name in coded if not (ROOT / name).exists()]
 
 
-# --- commands: argparse alone sees them, before the script touches anything --------------------------------------------------
+# --- commands: argparse alone sees them, before the script touches anything ----------------------
 
 
 class Parsed(Exception):
@@ -73,7 +79,8 @@ class Parsed(Exception):
 
 @pytest.fixture
 def parsers(monkeypatch):
-    """List of the parsers that a script's main(argv) used; it ends there, by Parsed, or by SystemExit for wrong flags."""
+    """List of the parsers that a script's main(argv) used; it ends there, by Parsed, or by SystemExit
+    for wrong flags."""
     used, real = [], argparse.ArgumentParser.parse_known_args
 
     def parse(self, args=None, namespace=None):
@@ -100,7 +107,7 @@ def commands(text):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.rpartition(" && ")[2], comments=True)
             for i, word in enumerate(words):
-                if word.endswith(".py") and word[:-3] in SCRIPTS or word in SCRIPTS and words[i - 1] == "-m":
+                if word.removesuffix(".py") in SCRIPTS and (word[-3:] == ".py" or words[i - 1] == "-m"):
                     yield word.removesuffix(".py"), words[i + 1:]
                     break
 
@@ -113,16 +120,23 @@ def test_commands_have_flags_that_exist(path, parsers):
         main(name, argv)
 
 
-SMALL = {  # added to a command: as few frames, pixels and steps as it takes; the rest of bench.py measures, for minutes to hours
-    "pretrain": "--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --prototypes 16 --head-hidden 32 --export-every 1 --device cpu",
-    "curate": "--target 4 --sharp 0 9 --workers 0 --device cpu", "vit": "--size 28", "predict": "--overlays 2 --device cpu", "bench cost": "--archs vitt14",
-    "probe_classify": "--size 28 --splits 1 --device cpu", "probe_mes": "--size 28 --splits 1 --device cpu",
-    "probe_segment": "--size 28 --boosted-size 28 --scales 1 --steps 2 --heads linear boosted --device cpu"}
+SMALL = {  # added to a command: as few frames, pixels and steps as it takes
+    "pretrain": "--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --prototypes 16 "
+                "--head-hidden 32 --export-every 1 --device cpu",
+    "curate": "--target 4 --sharp 0 9 --workers 0 --device cpu",
+    "vit": "--size 28",
+    "predict": "--overlays 2 --device cpu",
+    "bench cost": "--archs vitt14",  # the rest of bench.py measures, for minutes to hours
+    "probe_classify": "--size 28 --splits 1 --device cpu",
+    "probe_mes": "--size 28 --splits 1 --device cpu",
+    "probe_segment": "--size 28 --boosted-size 28 --scales 1 --steps 2 --heads linear boosted "
+                     "--device cpu"}
 
 
 @pytest.fixture
 def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
-    """A folder with all that the README's commands name, from synthetic frames of 64 pixels; the working directory, on one thread."""
+    """A folder with all that the README's commands name, from synthetic frames of 64 pixels; it is the
+    working directory, on one thread."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/synthetic").symlink_to(synthetic_set)
@@ -130,7 +144,8 @@ def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
         (tmp_path / "data" / name).symlink_to(tmp_path / "data/synthetic" / name)
     for name, video in (("a", "video0000"), ("b", "video0001")):
         (tmp_path / "frames" / name).mkdir(parents=True)
-        for i, frame in enumerate(sorted((tmp_path / "data/synthetic/unlabelled" / video).iterdir())):
+        frames = sorted((tmp_path / "data/synthetic/unlabelled" / video).iterdir())
+        for i, frame in enumerate(frames):
             shutil.copy(frame, tmp_path / "frames" / name / f"{i + 1:06d}.jpg")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -139,25 +154,31 @@ def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
 
 
 def test_commands_run(laid_out, capsys):
-    """The commands of the results and of the README, small; two steps of a tiny backbone stand for every published run and
-    for DINOv2's weights."""
-    ran, results = [], (ROOT / "docs/results.md").read_text()
-    for name, argv in sorted(commands(results), key=lambda command: command[0] != "pretrain") + list(commands(README.read_text())):
+    """The commands of the results and of the README, small; two steps of a tiny backbone stand for
+    every published run and for DINOv2's weights."""
+    results = commands((ROOT / "docs/results.md").read_text())
+    trained_first = sorted(results, key=lambda command: command[0] != "pretrain")
+    ran = []
+    for name, argv in [*trained_first, *commands(README.read_text())]:
         flags = SMALL.get(f"{name} {argv[0]}" if name == "bench" else name)
         if flags is None:
             assert name == "bench", name
             continue
-        argv = [re.sub(r"teacher_\d+", "teacher_2", word).replace("vitb14", "vitt14") for word in argv]
+        argv = [re.sub(r"teacher_\d+", "teacher_2", word) for word in argv]
+        argv = [word.replace("vitb14", "vitt14") for word in argv]
         if "--curve" in argv or "--histogram" in argv:
             flags = "--device cpu"
-        for released in (word for word in argv if re.match(r"dinov2_\w+\.pth$", word) and not pathlib.Path(word).exists()):
-            importlib.import_module("vit").main(["runs/kvasir/teacher_2.pt", "--export", released])
+        for word in argv:
+            if re.match(r"dinov2_\w+\.pth$", word) and not pathlib.Path(word).exists():
+                importlib.import_module("vit").main(["runs/kvasir/teacher_2.pt", "--export", word])
         importlib.import_module(name).main(argv + flags.split())
         ran.append((name, capsys.readouterr().out))
     assert {name for name, _ in ran} == {key.split()[0] for key in SMALL}
-    assert all(re.search(r"^\| random initialisation .*\d\.\d{3}", out, re.M) for name, out in ran if name.startswith("probe") and "checkpoint | step" not in out)
-    teachers = [f"runs/{run}/teacher_2.pt" for run in ("kvasir", "synthetic", "vitt14-adapt", "vitt14-scratch")]
-    assert all(list(laid_out.glob(made)) for made in ("curated/manifest.csv", "tokens.png", "runs/kvasir/*.png", *teachers))
+    probed = [out for name, out in ran if name.startswith("probe") and "checkpoint | step" not in out]
+    assert all(re.search(r"^\| random initialisation .*\d\.\d{3}", out, re.M) for out in probed)
+    runs = "kvasir", "synthetic", "vitt14-adapt", "vitt14-scratch"
+    made = ["curated/manifest.csv", "tokens.png", "runs/kvasir/*.png"]
+    assert all(list(laid_out.glob(name)) for name in made + [f"runs/{r}/teacher_2.pt" for r in runs])
 
 
 @texts
@@ -188,16 +209,18 @@ def test_nothing_is_promised():
     assert 0 < sum(path.stat().st_size for path in pictures) < 2**20
 
 
-# --- the course ------------------------------------------------------------------------------------------------------------------
+# --- the course ----------------------------------------------------------------------------------
 
 
 def lessons():
-    return dict(re.findall(r"^## (\d+)\. [^\n]*\n(.*?)(?=^## |\Z)", COURSE.read_text(), re.M | re.S))
+    """{number: text}."""
+    return dict(re.findall(r"^## (\d+)\. .*?\n(.*?)(?=^## |\Z)", COURSE.read_text(), re.M | re.S))
 
 
 @pytest.mark.parametrize("number", lessons())
 def test_lesson_prints_what_it_says(number):
-    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", lessons()[number], re.S).groups()
+    blocks = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", lessons()[number], re.S)
+    code, printed = blocks.groups()
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code, {})
@@ -214,11 +237,12 @@ def test_faults_can_be_planted_and_name_their_test(number):
     faults = re.findall(r"```diff\n-(.*)\n\+(.*)\n```", lesson)
     assert faults and len(faults) == len(re.findall(r"`tests/test_\w+\.py::\w+`", lesson))
     for line, fault in faults:
-        assert (ROOT / file).read_text().split("\n").count(line) == 1, f"{file} does not have the line {line}"
+        lines = (ROOT / file).read_text().split("\n")
+        assert lines.count(line) == 1, f"{file} does not have the line {line}"
         ast.parse((ROOT / file).read_text().replace(line, fault))
 
 
-# --- the demonstration ------------------------------------------------------------------------------------------------------------
+# --- the demonstration ---------------------------------------------------------------------------
 
 STUB = """import pathlib, sys
 words = sys.argv[1:]
@@ -228,7 +252,7 @@ print("table of", words[0])
 stop = pathlib.Path("stop.txt")
 if stop.exists() and stop.read_text() == words[0]:
     stop.unlink()
-    sys.exit(0 if words[0] == "pretrain.py" else 130)  # a signal lets pre-training end well, before its last step
+    sys.exit(0 if words[0] == "pretrain.py" else 130)  # a signal lets pre-training end well, early
 if "--show" in words or "--sheet" in words:
     pathlib.Path(words[-1]).touch()
 out = pathlib.Path(words[words.index("--out") + 1] if "--out" in words else ".")
@@ -244,21 +268,25 @@ if words[0] == "curate.py":
 
 
 def test_demo_goes_on_where_it_was_stopped(tmp_path, parsers):
-    """Its commands by a stand-in for Python that notes them: stopped in each stage once, no stage is done twice, and all flags exist."""
+    """Its commands by a stand-in for Python that notes them: stopped in each stage once, no stage is done
+    twice, and all flags exist."""
     folder = tmp_path / "a folder with spaces"
     for name in ("data/synthetic/Kvasir-SEG/images", "runs/demo-7"):
         (folder / name).mkdir(parents=True)
     shutil.copy(DEMO, folder)
     python = folder / "python"
     (folder / "stub.py").write_text(STUB)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" stub.py "$@"\n')  # a #! line of its own would not bear a path with spaces
+    # by a shell, because a #! line does not bear a path with spaces
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" stub.py "$@"\n')
     python.chmod(0o755)
     for i in range(5):
         (folder / f"data/synthetic/Kvasir-SEG/images/patient{i}_0.jpg").touch()
 
-    def demo():
-        return subprocess.run(["bash", str(folder / "demo.sh")], env=dict(os.environ, PYTHON=str(python), DEMO_STEPS="7"), text=True, capture_output=True)
-    stages = ["synthetic.py", "curate.py", "pretrain.py", "probe_classify.py", "probe_segment.py", "probe_mes.py", "predict.py"]
+    def demo(script=folder / "demo.sh", python=python):
+        env = dict(os.environ, PYTHON=str(python), DEMO_STEPS="7")
+        return subprocess.run(["bash", str(script)], env=env, text=True, capture_output=True)
+    stages = ["synthetic.py", "curate.py", "pretrain.py", "probe_classify.py", "probe_segment.py",
+              "probe_mes.py", "predict.py"]
     for stage in stages:
         (folder / "stop.txt").write_text(stage)
         assert demo().returncode == 130
@@ -267,12 +295,15 @@ def test_demo_goes_on_where_it_was_stopped(tmp_path, parsers):
     assert [done.stdout.count(f"table of {name}") for name in stages[3:5]] == [1, 1]
     assert re.search(r"Pictures:\n(.*\.(png|jpg)\n)+$", done.stdout)
     calls = [line.split("\t") for line in (folder / "calls.txt").read_text().splitlines()]
-    scripts = [call[0] for call in calls if call[0] not in ("-", "-c")]  # these are the demonstration's own lines
-    assert scripts == [s for s in stages for _ in range(2)] + ["data.py", "vit.py", "probe_mes.py", "probe_mes.py"]
+    own = "-", "-c"  # the demonstration's own lines of Python
+    scripts = [call[0] for call in calls if call[0] not in own]
+    pictures = ["data.py", "vit.py", "probe_mes.py", "probe_mes.py"]
+    assert scripts == [s for s in stages for _ in range(2)] + pictures
     for script, *argv in calls:
-        if script not in ("-", "-c"):
+        if script not in own:
             main(script.removesuffix(".py"), argv)
     again = demo()
-    assert again.returncode == 0 and len((folder / "calls.txt").read_text().splitlines()) == len(calls) + 2
-    missing = subprocess.run(["bash", str(DEMO)], env=dict(os.environ, PYTHON="/nowhere/python"), text=True, capture_output=True)
+    assert again.returncode == 0
+    assert len((folder / "calls.txt").read_text().splitlines()) == len(calls) + 2
+    missing = demo(DEMO, "/nowhere/python")
     assert missing.returncode == 1 and "PYTHON=/nowhere/python cannot import" in missing.stderr

@@ -159,7 +159,8 @@ def check_room(args, model):
     state = 16 * sum(p.numel() for p in model.student.parameters())  # with teacher, two moments
     export = 4 * sum(p.numel() for p in model.student["backbone"].parameters())
     files = math.ceil(args.steps / (args.export_every or args.steps)) + bool(args.probe_every)
-    files -= len([*out.glob("teacher_*.pt"), *out.glob("best.pt")])
+    there = [p for p in out.glob("teacher_*.pt") if p.stem.removeprefix("teacher_").isdigit()]
+    files -= len(there) + (out / "best.pt").exists()  # a teacher's heads lie beside it
     twice = not (out / "last.pt").exists()  # the old one stays until the new one is whole
     need = max(0, files) * export + (1 + twice) * state
     trial = out / f".trial.tmp{os.getpid()}"

@@ -7,7 +7,8 @@
 The probes write their heads beside the checkpoint, as <checkpoint>.<task>.<head>.pt. Heads of one
 view (how a frame becomes a square) and one size share a pass of the backbone. OUT gets
 predictions.csv (a row per frame: labels, probabilities, area and box of the polyp), overlays/,
-timeline pictures and summary.json. The same command goes on where it was stopped; Ctrl-C stops it.
+timeline pictures, summary.json, and run.json, which says what made them. The same command goes on
+where it was stopped; Ctrl-C stops it.
 """
 import argparse
 import collections
@@ -54,13 +55,14 @@ def folder_frames(frames, start):
             yield frames.name(i), frames.video(i), None, None, str(error)
 
 
-def video_frames(source, fps, start=0):
-    """Frames of a file, a camera or a stream through a pipe from ffmpeg, from number `start` on.
+def video_frames(source, fps, start=0, live=False):
+    """Frames of a file, a camera or a stream through a pipe from ffmpeg, from number `start` on; a
+    live source cannot go back, so there they are only counted from it.
 
     They come as PPM, in which each says its own size, and one at a time, so an hour needs no more
     memory than a second. SystemExit with ffmpeg's last words where it fails."""
     wanted = f"fps={fps:g}"
-    if start:
+    if start and not live:
         wanted += f",trim=start_frame={start},setpts=PTS-STARTPTS"
     with tempfile.TemporaryFile() as errors:  # no pipe: a full one would stop ffmpeg
         process = ffmpeg("-i", source, "-vf", wanted, "-f", "image2pipe", "-c:v", "ppm", "-",
@@ -70,7 +72,7 @@ def video_frames(source, fps, start=0):
             while (image := read_ppm(process.stdout)) is not None:
                 yield f"{name}:{n:06d}", name, n / fps, image, ""
                 n += 1
-            if process.wait() or n == 0:
+            if process.wait() or n == start == 0:
                 raise SystemExit(f"--video {source}: ffmpeg failed after {n} frames: {last_words(errors)}")
         finally:  # also when nobody wants another frame
             process.kill()
@@ -79,10 +81,12 @@ def video_frames(source, fps, start=0):
 
 
 def ffmpeg(*words, stdin=subprocess.DEVNULL, **pipes):
-    """Start ffmpeg, quiet and without a keyboard."""
+    """Start ffmpeg, quiet, without a keyboard, and in a session of its own: the terminal sends
+    Ctrl-C to everyone in ours, and what was read and drawn so far is to be kept."""
     if shutil.which("ffmpeg") is None:
         raise SystemExit("ffmpeg is not installed: --video and --save-video need it on the PATH")
-    return subprocess.Popen(["ffmpeg", "-nostdin", "-v", "error", *words], stdin=stdin, **pipes)
+    return subprocess.Popen(["ffmpeg", "-nostdin", "-v", "error", *words], stdin=stdin,
+                            start_new_session=True, **pipes)
 
 
 def last_words(errors):
@@ -171,7 +175,7 @@ class Pass:
     keys: tuple
 
 
-def plan(loaded, scales):
+def plan(loaded, scales, patch=14):
     """As few passes as the heads {key: frozen.Head} need. A boosted head is read at its own size
     alone, or at each of `scales` times that size and mirrored as well, as its probe tests it."""
     wanted = collections.defaultdict(list)
@@ -180,7 +184,9 @@ def plan(loaded, scales):
         if head.name == "boosted" and scales:
             ways = itertools.product(scales, (False, True))
         for scale, mirror in ways:
-            wanted[head.view, round(head.size * scale / 14) * 14, mirror].append(key)
+            if (patches := round(head.size * scale / patch)) < 1:
+                raise ValueError(f"--scales {scale:g}: nothing is left of {head.size} pixels")
+            wanted[head.view, patches * patch, mirror].append(key)
     return [Pass(*how, tuple(keys)) for how, keys in wanted.items()]
 
 
@@ -349,7 +355,8 @@ def drawn(frame, said, row, loaded, labels):
             mask = said[key] > 0.5 if mask is None else mask | (said[key] > 0.5)
             lines.append(f"{key}: {float(row[f'{key} area']):.1%} of the frame")
         else:
-            lines.append(f"{key}: {row[labels[key]]} ({said[key].max():.0%})")
+            label = row[labels[key]]  # by median or running mean, so not always the likeliest now
+            lines.append(f"{key}: {label} ({said[key][head.classes.index(label)]:.0%})")
     return figures.overlay(frame[3], mask, lines, NOTE)
 
 
@@ -397,8 +404,10 @@ class Film:
             stdin=subprocess.PIPE, stderr=self.errors)
 
     def add(self, picture):
-        with contextlib.suppress(BrokenPipeError):  # it has ended early: close says why
+        try:
             picture.save(self.process.stdin, "PPM")
+        except BrokenPipeError:  # it has ended early
+            self.close()
 
     def close(self):
         with contextlib.suppress(BrokenPipeError):
@@ -458,6 +467,8 @@ def complete(parser, args):
         parser.error("--fps and --scales must be positive, --smooth and --batch at least 1")
     if args.save_video and not args.video:
         parser.error("--save-video needs --video")
+    if args.save_video and not pathlib.Path(args.save_video).absolute().parent.is_dir():
+        parser.error(f"--save-video {args.save_video}: there is no such folder")
     return args
 
 
@@ -484,7 +495,8 @@ def main(argv=None):
         model = vit.load_backbone(args.checkpoint, args.device).requires_grad_(False)
         loaded = open_heads(args.heads, model)
         frames = data.Frames(args.data) if args.data else None
-    dtype, passes = vit.precision(args.device, args.precision), plan(loaded, args.scales)
+        passes = plan(loaded, args.scales, model.patch_size)
+    dtype = vit.precision(args.device, args.precision)
     print(f"{len(loaded)} heads on {len(passes)} passes of the backbone in {dtype}:")
     for one in passes:
         print(f"  {one.size} px {one.view}{' mirrored' * one.mirror}: {', '.join(one.keys)}")
@@ -505,7 +517,7 @@ def run(args, model, loaded, passes, dtype, frames, table):
     if frames:
         source = folder_frames(frames, n)
     else:
-        source = video_frames(args.video, args.fps, 0 if args.live else n)
+        source = video_frames(args.video, args.fps, n, args.live)
     film = Film(args.save_video, args.fps, n) if args.save_video else None
     labels = {key: column for column in table.columns for key in loaded
               if column.startswith(f"{key} label")}
@@ -579,6 +591,7 @@ def summary(args, table, loaded, labels, watch, ahead, n, seconds):
     stages |= {stage: ms for stage, *ms in watch.table()} if watch.laps else {}
     about = {"frames": frames, "damaged": damaged, "dropped": ahead.dropped, "found": counts,
              "new frames": n, "frames per second": n / seconds, "batch": args.batch,
+             "wanted": args.fps if args.video else None,
              "milliseconds: median, 95th, 99th percentile": stages, "note": NOTE}
     with vit.replacing(table.path.with_name("summary.json")) as temporary:
         temporary.write_text(json.dumps(about, indent=1) + "\n")
@@ -592,10 +605,12 @@ def tell(about, written, stopped):
           f"{about['damaged']} damaged, {about['dropped']} dropped")
     for key, found in about["found"].items():
         print(f"  {key}: " + ", ".join(f"{name} {n}" for name, n in found.most_common()))
-    print(f"  milliseconds a frame, batch {about['batch']}:   median    95 %    99 %")
+    print(f"  milliseconds a frame (latency: a batch of {about['batch']}):  median    95 %    99 %")
     for stage, ms in about["milliseconds: median, 95th, 99th percentile"].items():
         print(f"  {stage:>30} " + " ".join(f"{value:7.1f}" for value in ms))
-    print(f"  {'keeps' if rate >= 25 else 'does not keep'} up with 25 frames per second")
+    if about["wanted"]:
+        keeps = "keeps" if rate >= about["wanted"] else "does not keep"
+        print(f"  {keeps} up with the {about['wanted']:g} frames per second that --fps asks for")
     print("wrote " + ", ".join(map(str, written)))
     print("stopped: the same command goes on from here" if stopped else NOTE)
 

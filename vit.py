@@ -373,7 +373,7 @@ def autocast(device, dtype):
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_{arch}" for arch in ARCHS if not arch.startswith("vitt"))
-READABLE = ("teacher_<step>.pt, best.pt, a released DINOv2 file or its name (dinov2_vits14), "
+READABLE = ("teacher_<step>.pt, best.pt, last.pt, a released DINOv2 file or its name (dinov2_vits14), "
             "a DINOv2 training checkpoint or a timm dinov2 model")
 
 
@@ -460,7 +460,7 @@ def load_backbone(path, device="cpu", image_size=None):
             model.arch = name
     if image_size is not None:
         model.resize_position_embedding(image_size)
-    ours = file if kind == "endodino-1" else {}
+    ours = file if kind.startswith("endodino") else {}
     model.info = {"path": str(path), "arch": model.arch, "format": kind,
                   "step": ours.get("step"), "args": ours.get("args", {}),
                   "metrics": ours.get("metrics", {})}
@@ -537,11 +537,13 @@ def find_backbone(file, path):
         state, kind = file[name], f"weights in {name!r}"
         if name == "teacher":
             kind = "DINOv2 training checkpoint (teacher)"
+        if file.get("format") == "endodino-run-1":
+            kind = "endodino run (teacher)"
     state = without_prefix(state if isinstance(state, dict) else {}, path)
     if "cls_token" not in state or not all(torch.is_tensor(v) for v in state.values()):
         found = few([str(k) for k in file])
         raise ValueError(f"{path} holds no backbone (its first entries: {found}); give {READABLE}, "
-                         "not a resume or optimiser checkpoint")
+                         "not an optimiser checkpoint")
     return from_timm(state), kind
 
 
@@ -702,7 +704,7 @@ def main(argv=None):
             print(f"wrote {args.export}")
         if args.show:
             import figures  # lazily, as the next: the model needs neither
-            from probe_segment import read_mask
+            from data import read_mask
             masks = [read_mask(path) for path in args.masks]
             figures.tokens(models, args.images, args.show, args.size, masks=masks)
             print(f"wrote {args.show}")

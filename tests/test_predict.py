@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -262,6 +263,47 @@ def test_a_killed_video_run_goes_on(small, tmp_path, fake_ffmpeg, monkeypatch):
     monkeypatch.setenv("FAKE_PAUSE", "0")
     run(small, tmp_path / "out", source=fake_ffmpeg)
     assert path.read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+
+
+def test_ctrl_c_keeps_what_was_read(small, tmp_path, fake_ffmpeg, monkeypatch):
+    """The terminal sends it to everyone in the group; ffmpeg is not to die of it."""
+    monkeypatch.setenv("FAKE_PAUSE", "0.2")
+    film = tmp_path / "annotated.mp4"
+    command = [sys.executable, str(ROOT / "predict.py"), str(small / "A.pt"), *fake_ffmpeg,
+               "--heads", str(small / "A.mes.ordinal.pt"), "--out", str(tmp_path / "out"),
+               "--precision", "fp32", "--device", "cpu", "--batch", "2", "--save-video", str(film)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    path = tmp_path / "out" / "predictions.csv"
+    while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "the same command goes on from here" in said
+    assert (tmp_path / "out" / "summary.json").exists() and film.read_text().endswith("frames")
+
+
+def test_the_overlay_says_the_labels_own_probability(small, monkeypatch):
+    """A median grade is not always the likeliest one."""
+    head = frozen.load_head(small / "A.mes.ordinal.pt", vit.load_backbone(small / "A.pt"))
+    said, lines = {"mes ordinal": np.array([0.4, 0.15, 0.05, 0.4])}, []
+    monkeypatch.setattr(predict.figures, "overlay", lambda image, mask, words, note: lines.extend(words))
+    frame = ("a", "v", None, Image.new("RGB", (8, 8)), "")
+    row = predict.row_of(frame, said, {"mes ordinal": head})
+    row["label"] = predict.Smoothed(head, "mes ordinal", 1)(row)
+    predict.drawn(frame, said, row, {"mes ordinal": head}, {"mes ordinal": "label"})
+    assert lines == ["mes ordinal: 1 (15%)"]
+
+
+def test_a_film_that_cannot_be_is_said_before_or_at_once(small, tmp_path, fake_ffmpeg, monkeypatch):
+    with pytest.raises(SystemExit):
+        run(small, tmp_path / "out", "--save-video", str(tmp_path / "no" / "a.mp4"), source=fake_ffmpeg)
+    program = tmp_path / "bin" / "ffmpeg"
+    program.write_text(program.read_text().replace("content =", "sys.exit('no such codec')\n    content ="))
+    monkeypatch.setenv("FAKE_FRAMES", "200")
+    monkeypatch.setenv("FAKE_PAUSE", "0.01")
+    with pytest.raises(SystemExit, match="no such codec"):
+        run(small, tmp_path / "out", "--save-video", str(tmp_path / "a.mp4"), source=fake_ffmpeg)
+    assert len(table(tmp_path / "out")) < 200
 
 
 def test_live_input_takes_the_newest_frame(small, tmp_path, fake_ffmpeg, monkeypatch):

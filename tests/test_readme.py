@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
 SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment",
            "probe_mes", "predict", "docs.study", "bench")
-FOREIGN_FLAGS = {"--nproc-per-node", "--help"}  # torchrun's, and everyone's
+FOREIGN_FLAGS = {"--nproc-per-node", "--shutdown-timeout", "--help"}  # torchrun's, and everyone's
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 texts = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 

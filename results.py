@@ -115,7 +115,7 @@ class Tested(NamedTuple):
 
 def open_sets(args, task):
     """(the labelled set of --data, [Tested, ...]): its own test frames, then all frames of every
-    --generalise set, which has the same classes."""
+    --generalise set, which has the same classes and goes by its folder's name."""
     with one_sentence():
         root = pathlib.Path(args.data or synthetic.ensure())
         labelled = data.open_labelled(root, task)
@@ -127,7 +127,9 @@ def open_sets(args, task):
         own = Tested(made_by(labelled) + "held-out, same source", labelled,
                      [split.test for split in labelled.splits])
         folders = args.generalise or ([] if args.data else [root / "scope2"])
-        return labelled, [own, *(open_other(folder, labelled, task) for folder in folders)]
+        names = [pathlib.Path(folder).resolve().name for folder in folders]
+        names = [n if names.count(n) == 1 else str(f) for n, f in zip(names, folders)]
+        return labelled, [own, *(open_other(f, n, labelled, task) for f, n in zip(folders, names))]
 
 
 def check_splits(labelled, task):
@@ -141,8 +143,8 @@ def check_splits(labelled, task):
                              "test frames; each must have some")
 
 
-def open_other(folder, labelled, task):
-    """A --generalise set, named by its folder."""
+def open_other(folder, name, labelled, task):
+    """A --generalise set."""
     other = data.open_labelled(folder, task)
     if other.classes != labelled.classes:
         raise ValueError(f"--generalise {folder}: expected the classes {labelled.classes}, found "
@@ -152,8 +154,7 @@ def open_other(folder, labelled, task):
         raise ValueError(f"--generalise {folder}: {len(common)} of its frames are --data's own, "
                          f"such as {min(common)}: heads are fitted on that set; give another")
     everything = np.arange(len(other.paths))
-    words = made_by(other) + pathlib.Path(folder).resolve().name
-    return Tested(words, other, [everything] * len(labelled.splits))
+    return Tested(made_by(other) + name, other, [everything] * len(labelled.splits))
 
 
 def made_by(labelled):

@@ -360,8 +360,10 @@ def test_other_sets_need_no_lists_and_synthetic_ones_say_so(tmp_path, workplace)
     assert [(r["tested on"], r["frames tested"]) for r in rows[:3]] == [
         ("held-out, same source", 4), ("clinic", 6), ("synthetic made", 14)]
     assert "; synthetic made: synthetic frames in the layout of" in rows[0]["also tested on"]
-    args = seg.parse(["--data", str(made)])
-    labelled, sets = seg.open_sets(args, "polyps")
+    twin = disc_tree(tmp_path / "elsewhere/clinic", n=6, seed=6)
+    args = seg.parse(["--data", str(tree), "--generalise", str(clinic), "--generalise", str(twin)])
+    assert [s.words for s in seg.open_sets(args, "polyps")[1][1:]] == [str(clinic), str(twin)]
+    labelled, sets = seg.open_sets(seg.parse(["--data", str(made)]), "polyps")
     assert labelled.name.startswith("synthetic")
     assert [s.words for s in sets] == ["synthetic held-out, same source"]
 

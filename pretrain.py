@@ -560,7 +560,8 @@ def probe(model, args, labelled, progress, device, trouble):
     def score():
         name = "kappa" if args.probe_task == "mes" else "macro_f1"
         try:
-            metrics = probe_mes.online_score(backbone.to(device), labelled, device)
+            dtype = vit.precision(device, args.precision)
+            metrics = probe_mes.online_score(backbone.to(device), labelled, device, dtype=dtype)
             numbers = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
             before = f"best {name} so far {best:.3f}" if best > -math.inf else f"the first {name}"
             tqdm.write(f"step {step}: {numbers} ({before})")
@@ -588,7 +589,7 @@ class Log:
 
     def __init__(self, out, args, progress, world, rank, trouble):
         self.args, self.world, self.rank, self.trouble = args, world, rank, trouble
-        self.warned = set()
+        self.warned, self.greeted = set(), progress["step"] > 0
         self.images = self.wait = 0.0
         self.clock = time.perf_counter()
         on_rank_0(lambda: self.open(out, progress["step"]))
@@ -611,7 +612,7 @@ class Log:
         args, n = self.args, self.args.batch * self.world
         self.images += n
         self.bar.update(n)
-        if step % args.log_every:
+        if step % args.log_every and self.greeted:
             return
         means = losses.all_reduce(torch.stack(list(terms.values()))) / self.world
         terms = dict(zip(terms, means.tolist()))
@@ -625,8 +626,9 @@ class Log:
         self.write(line | rates)
         self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
         self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
-        if step == 0:
+        if not self.greeted:  # the first step that counts: in float16 the very first may overflow
             self.say(initial_loss_report(terms, args, float(now["temp"])))
+            self.greeted = True
         if step >= max(100, args.warmup * args.steps):  # every run starts uniform
             for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
                 if sentence not in self.warned:
@@ -635,6 +637,8 @@ class Log:
 
     def overflow(self, step, in_a_row, scaler):
         """A step whose gradients were too large for float16 at this scale; the next is smaller."""
+        self.images += self.args.batch * self.world
+        self.bar.update(self.args.batch * self.world)
         self.write({"step": step, "overflows": in_a_row, "loss_scale": scaler.get_scale()})
         if in_a_row == 10:
             self.trouble.append(f"step {step}: gradients were not finite for ten steps in a row, "

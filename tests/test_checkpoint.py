@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up_in_mid_run_is_a_sentence(frames, tmp_path, monkeyp
     if "nonfinite" in name:
         poison(monkeypatch, 3)
         more = (*more, "--save-every", 100)
-    monkeypatch.setattr(probe_mes, "online_score", lambda *args: {"kappa": 1.0})
+    monkeypatch.setattr(probe_mes, "online_score", lambda *args, **how: {"kappa": 1.0})
     labelled = argparse.Namespace(paths=[])
     monkeypatch.setattr(pretrain, "open_probe", lambda args, say: args.probe_every and labelled)
     sentence = f"cannot write .*{name}: File too large; what lay there before is untouched"
@@ -545,7 +545,7 @@ def test_other_frames_of_the_same_number_are_noticed(frames, tmp_path):
 def test_best_is_forgotten_when_something_else_is_measured(frames, tmp_path, monkeypatch, capsys):
     scores = iter([0.8, 0.5, 0.3, 0.9])
 
-    def online_score(*args):
+    def online_score(*args, **how):
         return dict.fromkeys(("kappa", "macro_f1"), next(scores))
 
     def open_probe(args, say):

@@ -179,7 +179,8 @@ FLAGS = {
          "auto = a CUDA GPU if there is one; mps, an Apple GPU, was never run by the authors"),
         ("precision", ("auto", *vit.PRECISIONS), "auto", "number type of the matrix products; "
          "auto = bf16 where the hardware multiplies it, else fp16 on GPUs and fp32 on CPUs"),
-        ("compile", bool, OFF, "torch.compile each block: minutes of start-up, then faster"),
+        ("compile", bool, OFF, "torch.compile each block: a slow first step, then faster where "
+         "matrix products are not most of a step"),
         ("shard", bool, OFF, "FSDP2 instead of DDP, for a model that does not fit one GPU"),
         ("checkpoint_activations", bool, OFF,
          "recompute blocks in the backward pass: a third slower, far less memory"),
@@ -288,8 +289,8 @@ def share_cores(n, gpu=False, threads=None, workers=None):
     """How a process uses its n cores: (loader processes, threads that train); what is given
     stays.
 
-    A core that trains on a CPU takes about a seventh of what a core decodes, so from 4 cores on
-    one in eight decodes, and below that the threads fetch their own batches. A GPU is fed by all
+    A core decodes several times what a core trains on a CPU, so from 4 cores on one in eight
+    decodes, and below that the threads fetch their own batches. A GPU is fed by all
     cores but one, 8 at most."""
     if workers is None:
         most = 8 if gpu or threads else (n + 4) // 8
@@ -784,8 +785,8 @@ def describe(args, model, frames, world, say):
         say(f"--precision auto: matrix products in {args.number_type}, as this {args.device} "
             "multiplies in hardware")
     if args.compile and args.device == "cpu":
-        say("--compile: the blocks are compiled in the first two steps, for minutes; the next run "
-            "of the same sizes finds them compiled")
+        say("--compile: the blocks are compiled in the first two steps, which takes a quarter of a "
+            "minute and more; the next run of the same sizes finds them compiled")
     say("\n".join(f"  {k:20} {v}" for k, v in sorted(plain(args).items())))
     n = args.batch * world
     backbone = sum(p.numel() for p in model.student["backbone"].parameters())

@@ -590,7 +590,7 @@ class Log:
 
     def __init__(self, out, args, progress, world, rank, trouble):
         self.args, self.world, self.rank, self.trouble = args, world, rank, trouble
-        self.warned, self.greeted = set(), progress["step"] > 0
+        self.warned, self.greeted, self.losses = set(), progress["step"] > 0, []
         self.images = self.wait = 0.0
         self.clock = time.perf_counter()
         on_rank_0(lambda: self.open(out, progress["step"]))
@@ -626,6 +626,7 @@ class Log:
         rates = {"images_per_s": self.images / seconds, "input_wait": self.wait / seconds}
         self.write(line | rates)
         self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
+        self.losses.append(terms["loss"])
         self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
         if not self.greeted:  # the first step that counts: in float16 the very first may overflow
             self.say(initial_loss_report(terms, args, float(now["temp"])))
@@ -773,6 +774,18 @@ def run(args, device, rank, world, stop):
     if stopping and step < args.steps:
         say(f"{stop[0] if stop else 'a signal'}: stopped after step {step} of {args.steps}; the same "
             f"command goes on from {out / 'last.pt'}")
+    elif step == args.steps:
+        say(closing_words(out, args, log))
+
+
+def closing_words(out, args, log):
+    """What a finished run made, how it went, and what comes next."""
+    teacher = out / f"teacher_{args.steps}.pt"
+    went = f"; total loss {log.losses[0]:.3f} -> {log.losses[-1]:.3f}" if log.losses else ""
+    unwell = f"; {len(log.warned)} warnings above" if log.warned else ""
+    return (f"done: {teacher} is the backbone, {out / 'log.jsonl'} its history{went}{unwell}\n"
+            f"next: python probe_segment.py {teacher}      what it is worth, and a head to use\n"
+            f"      python vit.py {teacher} FRAMES --show tokens.png      what it sees")
 
 
 def describe(args, model, frames, world, say):

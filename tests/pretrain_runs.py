@@ -185,4 +185,7 @@ def work_off(argvs, rank):
 if __name__ == "__main__":
     vit.ARCHS["tiny"] = TINY
     vit.atomic_save = keep_every(vit.atomic_save)
-    sys.exit(min(1, work_off(json.loads(sys.argv[1]), int(os.environ.get("RANK", 0)))))
+    code = min(1, work_off(json.loads(sys.argv[1]), int(os.environ.get("RANK", 0))))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # several process groups in one life: gloo's threads may abort a normal exit

@@ -306,3 +306,10 @@ def test_every_recipe_names_the_same_flags():
         assert (args.prototypes, args.global_size, args.local_size) == (128, 98, 42)  # shrunk
         given = pretrain.parse(["--recipe", name, "--device", "cpu", "--prototypes", "99"])
         assert given.prototypes == 99
+
+
+def test_a_finished_run_says_what_it_made_and_what_comes_next(frames, tmp_path, capsys):
+    run(frames, tmp_path, steps=2)
+    said = capsys.readouterr().out
+    assert f"done: {tmp_path / 'teacher_2.pt'} is the backbone" in said and "total loss " in said
+    assert f"next: python probe_segment.py {tmp_path / 'teacher_2.pt'}" in said

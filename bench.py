@@ -126,7 +126,7 @@ def bench_attention(argv):
 
 @command
 def bench_loss(argv):
-    """Sinkhorn-Knopp and the cross-entropies, forward and backward from the logits: time, traffic, peak memory."""
+    """Sinkhorn-Knopp and the cross-entropies, forward and backward: time, traffic, peak memory."""
     loss_benchmark.loss(argv)
 
 

@@ -175,7 +175,8 @@ def check_room(args, model):
     if free < need:
         raise SystemExit(
             f"--out {out} lacks {readable(need - free)}: {readable(free)} are free and the run will "
-            f"write {readable(need)}, last.pt of {readable(state)}, twice while it is replaced, and backbones of "
+            f"write {readable(need)}, last.pt of {readable(state)}, twice while it is replaced, "
+            "and backbones of "
             f"{readable(export)}; make room, raise --export-every or choose another folder")
 
 

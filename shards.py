@@ -56,7 +56,8 @@ def open_file(path):
         file.seek(offset)
         content = file.read(size)
     if len(content) < size:
-        raise BadShard(f"{shard}: cut short, {member} should end at byte {offset + size}: copy it anew")
+        raise BadShard(f"{shard}: cut short, {member} should end at byte {offset + size}: "
+                       "copy it anew")
     return io.BytesIO(content)
 
 
@@ -109,7 +110,7 @@ def shard_index(shard):
         np.save(temporary, index)
         os.replace(temporary, file)
     except OSError as error:  # a read-only folder, say
-        print(f"{file}: cannot be written ({error.strerror}), so every run indexes the shard anew")
+        print(f"{file}: cannot be written ({error.strerror}), so every run indexes it anew")
         return index
     finally:
         with contextlib.suppress(OSError):
@@ -121,7 +122,8 @@ def index_shard(shard):
     """Read the headers of a tar: see shard_index. BadShard for one that is compressed, cut short
     or damaged."""
     found, rows = os.stat(shard), {}
-    bar = tqdm(total=found.st_size, unit="B", unit_scale=True, desc=f"index of {shard}", disable=None)
+    bar = tqdm(total=found.st_size, unit="B", unit_scale=True, desc=f"index of {shard}",
+               disable=None)
     try:
         with bar, tarfile.open(shard, "r:") as tar:
             while member := tar.next():
@@ -134,12 +136,14 @@ def index_shard(shard):
             end = tar.offset  # where tarfile saw no header: a whole tar has empty blocks there
             tar.fileobj.seek(end)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise BadShard(f"{shard}: cut short or damaged at byte {end} of {found.st_size}: copy it anew")
+                raise BadShard(f"{shard}: cut short or damaged at byte {end} of {found.st_size}: "
+                               "copy it anew")
     except tarfile.TarError as error:
         words = f"{shard}: cut short, or no uncompressed tar as `tar -cf` writes it ({error})"
         raise BadShard(words) from error
     names = sorted(rows, key=scan_order)
-    kind = [("name", f"S{max(map(len, names), default=1)}"), ("offset", np.int64), ("size", np.int64)]
+    longest = max(map(len, names), default=1)
+    kind = [("name", f"S{longest}"), ("offset", np.int64), ("size", np.int64)]
     itself = (b"", found.st_mtime_ns, found.st_size)
     return np.array([itself, *((name, *rows[name]) for name in names)], kind)
 

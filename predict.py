@@ -367,9 +367,11 @@ def slug(words):
 
 def draw_timelines(table, loaded, labels, out):
     """timeline_<video>.png of every video of two or more frames; returns their paths."""
-    paths = []
-    for video, rows in itertools.groupby(table.rows(), key=lambda row: row["video"]):
-        rows, tracks = list(rows), []
+    paths, rows_of = [], collections.defaultdict(list)
+    for row in table.rows():  # a manifest may name its videos' frames in any order
+        rows_of[row["video"]].append(row)
+    for video, rows in rows_of.items():
+        tracks = []
         if len(rows) < 2:
             continue
         for key, head in loaded.items():

@@ -125,6 +125,18 @@ def test_three_heads_take_one_pass(small, tmp_path, monkeypatch, capsys):
             assert 0 < float(row["polyps linear area"]) <= (right - left) * (bottom - top) / (56 * 42) + 1e-4
 
 
+def test_a_timeline_has_all_frames_of_its_video(small, tmp_path, monkeypatch):
+    """Also where a manifest names the frames of several videos in turn."""
+    frames = sorted((small / "frames").rglob("*.png"), key=lambda path: path.name[1])
+    rows = [f"{path},{path.parent.name}" for path in frames]
+    (tmp_path / "manifest.csv").write_text("\n".join(["path,video", *rows]))
+    drawn = {}
+    monkeypatch.setattr(predict.figures, "timeline",
+                        lambda path, title, times, *_, **__: drawn.update({path.name: len(times)}))
+    run(small, tmp_path / "out", source=["--data", str(tmp_path / "manifest.csv")])
+    assert drawn == {"timeline_video0.png": 6, "timeline_video1.png": 6}
+
+
 def test_half_precision_stays_close(small, tmp_path):
     run(small, tmp_path / "a")
     run(small, tmp_path / "b", "--precision", "bf16")

@@ -234,7 +234,7 @@ def make_schedules(args, global_batch):
     thaw = np.clip((np.arange(n) - frozen + 1) / (ramp + 1), 0, 1)
     return {
         "lr": rates,
-        "backbone_lr": rates * thaw,
+        "backbone_lr": args.backbone_lr * rates * thaw,
         # prototypes that move in the first steps chase a teacher that knows nothing yet
         "last_layer_lr": rates * (np.arange(n) >= round(args.freeze_last_layer * n)),
         "weight_decay": cosine_schedule(args.weight_decay, args.weight_decay_end, n),

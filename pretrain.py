@@ -120,6 +120,9 @@ FLAGS = {
          "rate at the end of the cosine; -1 = constant after the warm-up"),
         ("warmup", float, [0.1, 0.16, 0.12, 0.1, 0.1],
          "fraction of the steps over which the rate rises from 0"),
+        ("backbone_lr", float, [1.0, 1.0, 1.0, 1.0, 1.0],
+         "rate of the backbone relative to that of the heads; a warm start that is short wants "
+         "fast new heads on a backbone that moves little"),
         ("layerwise_decay", float, [0.9, 1.0, 0.9, 0.9, 1.0],
          "rate of each block relative to the block above; 1 = all alike"),
         ("patch_embed_lr", float, 0.2, "further factor on the patch embedding's rate"),

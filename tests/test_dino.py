@@ -87,11 +87,13 @@ def test_schedules_equal_dinov2(reference):
 
 
 def test_adapt_holds_the_backbone_then_ramps():
-    args = pretrain.parse(["--recipe", "adapt", "--device", "cpu", "--steps", "1000"])
+    args = pretrain.parse(["--recipe", "adapt", "--device", "cpu", "--steps", "1000",
+                           "--lr", "2e-4", "--freeze-backbone", "0.4", "--backbone-ramp", "0.04",
+                           "--backbone-lr", "0.05"])
     s = dino.make_schedules(args, global_batch=64)
     assert s["lr"][399] == pytest.approx(5e-5)  # FINO: at 64 frames per step
     assert (s["backbone_lr"][:400] == 0).all() and (np.diff(s["backbone_lr"][399:441]) > 0).all()
-    assert (s["backbone_lr"][440:] == s["lr"][440:]).all()
+    assert (s["backbone_lr"][440:] == 0.05 * s["lr"][440:]).all()
     assert (s["last_layer_lr"][:18] == 0).all() and s["last_layer_lr"][18] > 0
 
 

@@ -1,5 +1,6 @@
 """README.md and docs/ against the code: every file, function, flag, test and set-up command that they
-name; what the course says its experiments print; the commands, small; demo.sh, stopped and started.
+name; what the course and the page of one step say is printed; the commands, small; demo.sh, stopped
+and started.
 """
 import argparse
 import ast
@@ -16,11 +17,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
 SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment",
-           "probe_mes", "predict", "docs.study", "bench")
+           "probe_mes", "predict", "docs.study", "docs.step", "bench")
 FOREIGN_FLAGS = {"--nproc-per-node", "--shutdown-timeout", "--help"}  # torchrun's, and everyone's
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 texts = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -63,7 +65,8 @@ def test_functions_and_tests_exist(path):
 @texts
 def test_files_exist(path):
     text = path.read_text()
-    linked = re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)", text)
+    prose = re.sub("```.*?```", "", text, flags=re.S)  # in code head["a"](x) is no link
+    linked = re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)", prose)
     assert not [target for target in linked if not (path.parent / target).exists()]
     coded = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|txt|png))`", text)
     assert coded or path != README
@@ -209,7 +212,15 @@ def test_nothing_is_promised():
     assert 0 < sum(path.stat().st_size for path in pictures) < 2**20
 
 
-# --- the course ----------------------------------------------------------------------------------
+# --- the course, and one step --------------------------------------------------------------------
+
+
+def assert_printed(out, said):
+    """Word by word the same; numbers with a point to rounding."""
+    found, said = (re.findall(r"-?\d+\.\d+|\w+", text) for text in (out, said))
+    assert len(found) == len(said)
+    for a, b in zip(found, said):
+        assert float(a) == pytest.approx(float(b), rel=0.02, abs=2e-4) if "." in b else a == b
 
 
 def lessons():
@@ -224,10 +235,7 @@ def test_lesson_prints_what_it_says(number):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code, {})
-    found, said = (re.findall(r"-?\d+\.\d+|\w+", text) for text in (out.getvalue(), printed))
-    assert len(found) == len(said)
-    for a, b in zip(found, said):
-        assert float(a) == pytest.approx(float(b), rel=0.02, abs=2e-4) if "." in b else a == b
+    assert_printed(out.getvalue(), printed)
 
 
 @pytest.mark.parametrize("number", lessons())
@@ -240,6 +248,20 @@ def test_faults_can_be_planted_and_name_their_test(number):
         lines = (ROOT / file).read_text().split("\n")
         assert lines.count(line) == 1, f"{file} does not have the line {line}"
         ast.parse((ROOT / file).read_text().replace(line, fault))
+
+
+def test_step_page_says_what_the_code_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = importlib.import_module("docs.step")
+    step.main(["--out", str(tmp_path)])
+    folders = ROOT / "docs", tmp_path
+    old, new = (step.CODE.findall((folder / "step.md").read_text()) for folder in folders)
+    assert len(old) == 10
+    for (code, said), (same, out) in zip(old, new, strict=True):
+        assert code == same
+        assert_printed(out, said)
+    for name in ("step-crops.jpg", "step-targets.png"):
+        assert len({Image.open(folder / name).size for folder in folders}) == 1
 
 
 # --- the demonstration ---------------------------------------------------------------------------

@@ -452,7 +452,8 @@ def split_by_part(events, weights, whole):
     by_operator = {name: part for part, names in PARTS.items() for name in names}
     made_in = {}                                    # number of an autograd node -> its range
     parts, gpu = dict.fromkeys(PARTS, 0.0), torch.cuda.is_available()
-    for event in sorted(events, key=lambda e: e.time_range.start):
+    on_host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
+    for event in sorted(on_host, key=lambda e: e.time_range.start):
         callers = [event]
         while callers[-1].cpu_parent:
             callers.append(callers[-1].cpu_parent)

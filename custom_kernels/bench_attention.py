@@ -44,6 +44,8 @@ def main(argv=None):
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--shapes", nargs="+", default=list("ABCDEFG"), metavar="LETTER",
                      help="first letters of: " + ", ".join(SHAPES))
+    gpu.add_argument("--without", nargs="+", default=[], metavar="NAME", help="backends to leave out, "
+                     "by their first letters (flex: a minute of compiling a shape)")
     gpu.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="type")
     compiler = parser.add_argument_group("anywhere")
     compiler.add_argument("--compile-only", action="store_true", help="the compiler's report")
@@ -156,7 +158,7 @@ def on_gpu(args):
           f"cuDNN {torch.backends.cudnn.version()}, CUDA {torch.version.cuda}")
     for name, (runs, heads) in SHAPES.items():
         for H in getattr(args, "heads", heads) if name[0] in args.shapes else ():
-            gpu_table(name, runs, H, getattr(torch, args.dtype), copied, args.runs)
+            gpu_table(name, runs, H, getattr(torch, args.dtype), copied, args.runs, args.without)
 
 
 def stock_attention(runs, H):
@@ -201,12 +203,12 @@ def stock_attention(runs, H):
                     "SDPA padded and masked": padded}
 
 
-def gpu_table(name, runs, H, dtype, copied, n_runs):
+def gpu_table(name, runs, H, dtype, copied, n_runs, without):
     """One table. Kernel level: q, k, v given, dq, dk, dv wanted. Module level: qkv and its
     gradient, packed, as in training."""
     T, pairs = sum(count * n for count, n in runs), sum(count * n**2 for count, n in runs)
     inputs = [example(runs, H, dtype, "cuda") for _ in range(4)]
-    error, (forward, kernel, module) = gpu_candidates(name, runs, H, inputs)
+    error, (forward, kernel, module) = gpu_candidates(name, runs, H, inputs, without)
     replay = {label: graph for label, fn in module.items() if (graph := as_cuda_graph(fn, 4))}
     levels = forward, kernel, module, replay
     times = [[event_seconds(level, n_runs) for _ in range(2)] for level in levels]
@@ -231,10 +233,11 @@ def gpu_table(name, runs, H, dtype, copied, n_runs):
 OURS = {"ours": "triton", "what auto picks": "auto"}
 
 
-def gpu_candidates(name, runs, H, inputs):
+def gpu_candidates(name, runs, H, inputs, without):
     """{label: error}, and {label: function} of the forward, kernel and module level: of those
     that take these inputs and are in this PyTorch."""
-    stock = stock_attention(runs, H)
+    stock = {label: fn for label, fn in stock_attention(runs, H).items()
+             if not label.removeprefix("SDPA ").startswith(tuple(without))}
     packs = {label: functools.partial(attention, runs=runs, impl=OURS[label]) for label in OURS}
     packs |= {label: lambda qkv, fn=fn: fn(*qkv.unbind(1)) for label, fn in stock.items()}
     apart, whole = [(x.unbind(1), do) for x, do in inputs], [([x], do) for x, do in inputs]

@@ -74,9 +74,10 @@ def on_rank_0(work):
     return shared[0]
 
 
-def anywhere(device, *flags):
-    """For each flag whether it holds in any process."""
-    flags = torch.tensor([float(bool(flag)) for flag in flags], device=device)
+def anywhere(*flags):
+    """For each flag whether it holds in any process. The processors agree among themselves: a
+    GPU would answer after all that it has still to do."""
+    flags = torch.tensor([float(bool(flag)) for flag in flags])
     if dist.is_initialized():
         dist.all_reduce(flags)
     return (flags > 0).tolist()

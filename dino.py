@@ -247,13 +247,14 @@ def make_schedules(args, global_batch):
 
 
 def train_step(model, optimizer, batch, now, clip, autocast=contextlib.nullcontext(),
-               wrapped=None, scaler=None):
+               wrapped=None, scaler=None, before_update=lambda: None):
     """One step of the method. now: this step's value of each schedule; wrapped: the model as DDP
-    sees it; scaler: a torch.amp.GradScaler for float16.
+    sees it; scaler: a torch.amp.GradScaler for float16; before_update: called when the device has
+    been given all that leads to the gradients, and nothing that changes the state; it may raise.
 
     Returns the loss terms, the gradient norms, and whether all was finite in every process, a
     0-dim bool tensor: if not, nothing was changed. The step asks the device for no value, so
-    that a GPU can be given the next work meanwhile."""
+    that a GPU can be given the next work meanwhile; see `answer`."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through
     # -------------------------------------------------------------------------------------------
     for group in optimizer.param_groups:  # 1. schedules
@@ -265,6 +266,7 @@ def train_step(model, optimizer, batch, now, clip, autocast=contextlib.nullconte
     scaler.unscale_(optimizer)
     norms = clip_gradients(model.student, clip)  # 4. each submodule on its own
     finite = finite_everywhere([terms["loss"].detach(), *norms.values()])
+    before_update()
     step_where(finite, optimizer, scaler)  # 5. the student follows the gradient
     model.update_teacher(float(now["momentum"]), finite)  # 6. the teacher follows the student
     optimizer.zero_grad(set_to_none=True)
@@ -294,6 +296,22 @@ def finite_everywhere(values):
 def everywhere(flag):
     """Whether a boolean tensor holds in every process; the host waits for the answer."""
     return bool(losses.all_reduce(flag.float(), "MIN"))
+
+
+def answer(flag):
+    """The value of a 0-dim bool tensor, as a function to be called later: it waits for what the
+    device was given before `answer`, and not for what it was given since. bool(flag) would wait
+    for all of it."""
+    value = flag.to("cpu", non_blocking=True)
+    if not flag.is_cuda:
+        return lambda: bool(value)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return bool(value)
+    return wait
 
 
 def step_where(finite, optimizer, scaler):

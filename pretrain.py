@@ -39,7 +39,7 @@ import vit
 from checkpoint import (Saver, anywhere, check_agreement, check_room, cut_log, digest,
                         keep_nonfinite, on_rank_0, plain, plain_teacher, reset_best, resume,
                         run_folder, stored_size, together, writing)
-from dino import (DINOv2, clip_gradients, cosine_schedule, everywhere,  # noqa: F401
+from dino import (DINOv2, answer, clip_gradients, cosine_schedule, everywhere,  # noqa: F401
                   make_schedules, param_groups, train_step)
 
 # --- recipes and flags -------------------------------------------------------------------------
@@ -321,8 +321,8 @@ def start(args):
         raise SystemExit("--device mps takes one process and no --shard")
     if world > 1 or args.shard:
         store = None if "RANK" in os.environ else dist.HashStore()
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank,
-                                world_size=world, store=store,
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, rank=rank, world_size=world, store=store,
                                 timeout=datetime.timedelta(hours=2))  # rank 0's probe is long
     names = {dtype: name for name, dtype in vit.PRECISIONS.items()}
     args.number_type = names[vit.precision(device, args.precision)]
@@ -612,11 +612,14 @@ class Log:
         yield
         self.wait += time.perf_counter() - began
 
+    def due(self, step):
+        return step % self.args.log_every == 0 or not self.greeted
+
     def step(self, step, terms, norms, now, model, scaler=None):
         args, n = self.args, self.args.batch * self.world
         self.images += n
         self.bar.update(n)
-        if step % args.log_every and self.greeted:
+        if not self.due(step):
             return
         means = losses.all_reduce(torch.stack(list(terms.values()))) / self.world
         terms = dict(zip(terms, means.tolist()))
@@ -710,6 +713,59 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
+class RunEnds(Exception):
+    """A step showed that the run must not go on, to all processes alike."""
+
+
+class Verdicts:
+    """Whether each step was finite, and what follows: its line in the log, or what is kept of it.
+
+    settle() may run in the middle of the next step, before its update. The state is then still
+    the one between the two steps, and a GPU computes the next one's gradients meanwhile."""
+
+    def __init__(self, model, optimizer, scaler, args, frames, progress, log, trouble):
+        self.model, self.optimizer, self.scaler, self.args = model, optimizer, scaler, args
+        self.frames, self.progress, self.log, self.trouble = frames, progress, log, trouble
+        self.open = None  # the step that was made last, until its verdict has been read
+
+    def add(self, index, now, terms, norms, finite):
+        self.open = index, now, terms, norms, answer(finite)
+
+    def settle(self):
+        """Read the verdict on the open step, if one is, and move `progress` on; RunEnds if it is
+        the end of the run."""
+        if self.open is None:
+            return
+        (index, now, terms, norms, finite), self.open = self.open, None
+        progress, scaler, step = self.progress, self.scaler, self.progress["step"]
+        if finite():
+            progress["overflows"] = 0
+            self.log.step(step, terms, norms, now, self.model, scaler)
+        elif scaler.is_enabled() and everywhere(terms["loss"].isfinite()):
+            progress["overflows"] += 1
+            self.log.overflow(step, progress["overflows"], scaler)
+        else:
+            progress["scaler"] = scaler.state_dict()
+            paths = [self.frames.path(i) for i in index.tolist()]
+            if keep_nonfinite(self.model, self.optimizer, progress, self.args, terms, norms, paths,
+                              self.trouble):
+                raise RunEnds  # before this step, which will be made again
+        progress |= {"step": step + 1, "seen": progress["seen"] + progress["global_batch"]}
+        if progress["overflows"] == 10:
+            raise RunEnds
+
+
+def reads_late(device):
+    """Whether the verdict on a step is read while the next one is under way: a GPU would be idle
+    from the question until it is given new work."""
+    return device.type == "cuda"
+
+
+def every(n, done, steps):
+    """Whether what is due every n steps (0: never) and at the end is due after `done` of them."""
+    return done == steps or n > 0 and done % n == 0
+
+
 def run(args, device, rank, world, stop):
     """Train from the first step, or from the checkpoint's, to the last one, until a signal has
     filled `stop`, or until a process is in trouble. Whatever ends the run, all processes end
@@ -735,40 +791,37 @@ def run(args, device, rank, world, stop):
                                progress["seen"], lifeline)
         skipped, saver = augment.Skipped(frames, world), Saver(args, progress["step"], trouble)
         log = Log(out, args, progress, world, rank, trouble)
+        verdicts = Verdicts(model, optimizer, scaler, args, frames, progress, log, trouble)
+        late = reads_late(device)
         model.train()
-
-        for step in range(progress["step"], args.steps + 1):  # once more after the last, to save
-            raw = None if stop else next_batch(batches, skipped, log, step, trouble)
-            stopping, failing, saving = anywhere(device, stop, trouble, saver.due(step))
-            ending = stopping or failing or step == args.steps
-            if saving or ending:
-                saver.save(model, optimizer, progress | {"scaler": scaler.state_dict()})
-            if ending:
-                break
-            batch = augment.augment(raw, device)
-            batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
-            now = {name: values[step] for name, values in schedules.items()}
-            terms, norms, finite = train_step(model, optimizer, batch, now, args.clip, autocast,
-                                              wrapped, scaler)
-            if finite:
-                progress["overflows"] = 0
-                log.step(step, terms, norms, now, model, scaler)
-            elif scaler.is_enabled() and everywhere(terms["loss"].isfinite()):
-                progress["overflows"] += 1
-                log.overflow(step, progress["overflows"], scaler)
-            else:
-                progress["scaler"] = scaler.state_dict()
-                paths = [frames.path(i) for i in raw["index"].tolist()]
-                if keep_nonfinite(model, optimizer, progress, args, terms, norms, paths, trouble):
-                    saver.save(model, optimizer, progress)  # this step will be made again
+        try:
+            for step in range(progress["step"], args.steps + 1):  # once more after the last, to save
+                raw = None if stop else next_batch(batches, skipped, log, step, trouble)
+                stopping, failing, saving = anywhere(stop, trouble, saver.due(step))
+                ending = stopping or failing or step == args.steps
+                if saving or ending:
+                    verdicts.settle()
+                    saver.save(model, optimizer, progress | {"scaler": scaler.state_dict()})
+                if ending:
                     break
-            done = step + 1
-            progress |= {"step": done, "seen": progress["seen"] + args.batch * world}
-            if args.probe_every and (done % args.probe_every == 0 or done == args.steps):
-                metrics = probe(model, args, labelled, progress, device, trouble)
-                log.write({"step": step, "probe": metrics})
-            if done == args.steps or args.export_every and done % args.export_every == 0:
-                saver.export(model, done)
+                batch = augment.augment(raw, device)
+                batch["kept"] = draw_kept(model, batch, args.seed, step, rank)
+                now = {name: values[step] for name, values in schedules.items()}
+                found = train_step(model, optimizer, batch, now, args.clip, autocast, wrapped,
+                                   scaler, verdicts.settle)
+                verdicts.add(raw["index"], now, *found)
+                done = step + 1
+                probing = args.probe_every and every(args.probe_every, done, args.steps)
+                exporting = every(args.export_every, done, args.steps)
+                if not late or log.due(step) or probing or exporting:
+                    verdicts.settle()
+                if probing:
+                    metrics = probe(model, args, labelled, progress, device, trouble)
+                    log.write({"step": step, "probe": metrics})
+                if exporting:
+                    saver.export(model, done)
+        except RunEnds:  # after the last step that counts
+            saver.save(model, optimizer, progress | {"scaler": scaler.state_dict()})
 
         del batches  # while their workers can still answer
         saver.wait()

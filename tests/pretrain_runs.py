@@ -1,13 +1,14 @@
 """Runs of pretrain.py for its tests, with a tiny architecture, in this process or in others.
 
 As a program: pretrain.main for each argument list of a JSON list in turn, keeping every last.pt as
-last_<step>.pt. A list may begin with a disturbance, see `disturbed`.
+last_<step>.pt. A list may begin with disturbances, see `disturbed`.
 
     RANK=0 WORLD_SIZE=2 ... python tests/pretrain_runs.py '[["--steps", "4", ...], ...]'
 """
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import resource
@@ -136,23 +137,65 @@ def keep_every(atomic_save):
     return save
 
 
-@contextlib.contextmanager
-def disturbed(what, rank):
-    """read=RANK:STEP, a read error of this process at this step; room=BYTES, no file of process 0
-    can become larger."""
-    kind, _, value = what.partition("=")
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "read":
-            whose, when = value.split(":")
-            read = augment.MultiCrop.__getitem__
+def poison(patch, *steps, crops="global_crops"):
+    """A pixel of these steps is not a number."""
+    augmented = augment.augment
 
-            def fail(self, keys):
-                if keys[0][0] == int(when) and rank == int(whose):
-                    raise OSError(f"frame.png: Input/output error, process {rank}")
-                return read(self, keys)
-            patch.setattr(augment.MultiCrop, "__getitem__", fail)
-        with limited(int(value)) if kind == "room" and rank == 0 else contextlib.nullcontext():
-            yield
+    def poisoned(batch, device):
+        done = augmented(batch, device)
+        if batch["step"] in steps:
+            done[crops][0, 0, 0, 0] = math.nan
+        return done
+    patch.setattr(augment, "augment", poisoned)
+
+
+def read_error(patch, step):
+    read = augment.MultiCrop.__getitem__
+
+    def fail(self, keys):
+        if keys[0][0] == step:
+            raise OSError(f"frame.png: Input/output error, process {os.environ['RANK']}")
+        return read(self, keys)
+    patch.setattr(augment.MultiCrop, "__getitem__", fail)
+
+
+def asked_to_stop(patch, step):
+    """In the middle of this step."""
+    augmented = augment.augment
+
+    def signalled(batch, device):
+        if batch["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return augmented(batch, device)
+    patch.setattr(augment, "augment", signalled)
+
+
+def late(patch):
+    """Verdicts on steps are read as on a GPU."""
+    patch.setattr(pretrain, "reads_late", lambda device: True)
+
+
+def scaled(patch, scale, **kwargs):
+    """Runs in float16 begin with this scale of the loss."""
+    patch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
+        torch.amp.GradScaler.__init__, init_scale=scale, **kwargs))
+
+
+@contextlib.contextmanager
+def disturbed(words, rank):
+    """late=, see there; room=BYTES, no file of process 0 can become larger; and in process RANK
+    at this step read=RANK:STEP, poison=RANK:STEP, stop=RANK:STEP."""
+    at_a_step = {"read": read_error, "poison": poison, "stop": asked_to_stop}
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for kind, value in (word.split("=") for word in words):
+            if kind == "late":
+                late(patch)
+            elif kind == "room" and rank == 0:
+                stack.enter_context(limited(int(value)))
+            elif kind in at_a_step and value.split(":")[0] == str(rank):
+                at_a_step[kind](patch, int(value.split(":")[1]))
+        yield
 
 
 @contextlib.contextmanager
@@ -170,11 +213,12 @@ def limited(size):
 def work_off(argvs, rank):
     """The runs in turn; how many of them ended with a sentence, which is written to the standard error."""
     failed = 0
-    for what, *argv in argvs:
+    for argv in argvs:
         print(f"run of {argv[argv.index('--out') + 1]}", file=sys.stderr)
+        start = next(i for i, word in enumerate(argv) if "=" not in word)
         try:
-            with disturbed(what, rank):
-                pretrain.main(argv if "=" in what else [what, *argv])
+            with disturbed(argv[:start], rank):
+                pretrain.main(argv[start:])
         except SystemExit as end:
             print(f"ended: {end}", file=sys.stderr)
             failed += 1

@@ -1,9 +1,7 @@
 """Stop and go on: runs that are killed, signalled, resumed, contradicted and short of disk."""
 import argparse
 import itertools
-import functools
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -18,7 +16,7 @@ import time
 import pytest
 import torch
 from pretrain_runs import (assert_same_run, final, finish, flags, frames, keep_every,  # noqa: F401
-                           limited, log, run, same, spawn, tiny, unbroken)
+                           limited, log, poison, run, same, scaled, spawn, tiny, unbroken)
 
 import augment
 import checkpoint
@@ -282,18 +280,6 @@ def test_a_disk_that_fills_up_is_an_oserror_for_every_size(tmp_path):
             vit.atomic_save({"a": torch.zeros(5_000), "b": torch.zeros(5_000)}, tmp_path / "x.pt")
         assert torch.load(tmp_path / "x.pt") == {"old": 1}
         assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
-def poison(monkeypatch, *steps):
-    """A pixel of these steps is not a number."""
-    augmented = augment.augment
-
-    def poisoned(batch, device):
-        done = augmented(batch, device)
-        if batch["step"] in steps:
-            done["global_crops"][0, 0, 0, 0] = math.nan
-        return done
-    monkeypatch.setattr(augment, "augment", poisoned)
 
 
 @pytest.mark.parametrize("more, name", [
@@ -637,12 +623,6 @@ def test_damaged_checkpoint_is_named(frames, tmp_path):
 
 
 # --- float16 -----------------------------------------------------------------------------------
-
-
-def scaled(monkeypatch, scale, **kwargs):
-    """Runs in float16 begin with this scale of the loss."""
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
-        torch.amp.GradScaler.__init__, init_scale=scale, **kwargs))
 
 
 def test_float16_resumes_to_the_bit_with_its_scale(frames, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pretrain_runs import (assert_same_run, final, finish, flags, frames,  # noqa: F401
-                           keep_every, log, run, spawn, tiny)
+                           keep_every, log, poison, run, spawn, tiny)
 
 import augment
 import pretrain
@@ -90,18 +90,6 @@ def test_shards_agree_with_ddp_in_16_bits(frames, tmp_path):
 # --- runs that go wrong ------------------------------------------------------------------------
 
 
-def poison(monkeypatch, steps, crops="global_crops"):
-    """A pixel of these steps is not a number."""
-    augmented = augment.augment
-
-    def augment_or_nan(batch, device):
-        done = augmented(batch, device)
-        if batch["step"] in steps:
-            done[crops][0, 0, 0, 0] = float("nan")
-        return done
-    monkeypatch.setattr(augment, "augment", augment_or_nan)
-
-
 def test_unreadable_frames_are_logged_and_too_many_stop_the_run(frames, tmp_path):
     """One empty file among 120 is replaced and named; among 24 it is more than 1 %."""
     for copy in range(5):
@@ -119,7 +107,7 @@ def test_unreadable_frames_are_logged_and_too_many_stop_the_run(frames, tmp_path
 @pytest.mark.parametrize("crops", ["global_crops", "local_crops"])
 @pytest.mark.parametrize("centering", ["sinkhorn", "centering"])
 def test_a_poisoned_batch_stops_the_run_and_changes_nothing(frames, tmp_path, monkeypatch, centering, crops):
-    poison(monkeypatch, {2}, crops)
+    poison(monkeypatch, 2, crops=crops)
     with pytest.raises(SystemExit, match="step 2: not finite .*loss.* raise --max-skips"):
         run(frames, tmp_path, "--centering", centering, steps=6)
     kept, saved = torch.load(tmp_path / "nonfinite_2.pt", weights_only=True), final(tmp_path)
@@ -132,7 +120,7 @@ def test_a_poisoned_batch_stops_the_run_and_changes_nothing(frames, tmp_path, mo
 
 
 def test_poisoned_batches_are_skipped_when_allowed(frames, tmp_path, monkeypatch):
-    poison(monkeypatch, {2, 4})
+    poison(monkeypatch, 2, 4)
     run(frames, tmp_path, "--max-skips", 2, steps=6)
     assert [line["step"] for line in log(tmp_path)] == [0, 1, 3, 5]
     assert final(tmp_path)["skips"] == 2

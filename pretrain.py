@@ -350,9 +350,9 @@ def build_model(args, say):
     `forward` interpolates it for crops of other sizes."""
     torch.manual_seed(args.seed)
     size, loaded = stored_size(args), None
-    if args.init:
+    if args.init and not size:  # a run that goes on has its weights in last.pt
         try:
-            loaded = vit.load_backbone(args.init, image_size=size)
+            loaded = vit.load_backbone(args.init)
         except (OSError, ValueError) as error:
             raise SystemExit(f"--init: {error}") from error
         size = 14 * math.isqrt(loaded.pos_embed.shape[1] - 1)

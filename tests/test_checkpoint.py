@@ -423,7 +423,7 @@ def test_exports_load_and_warm_start(frames, tmp_path, capsys):
     teacher = {k.removeprefix("backbone."): v for k, v in saved.items() if k.startswith("backbone.")}
     assert same(dict(vit.load_backbone(tmp_path / "teacher_4.pt").state_dict()), teacher)
     capsys.readouterr()
-    more = ["--init", tmp_path / "last.pt", "--global-size", 84]
+    more = ["--init", tmp_path / "last.pt", "--global-size", 84, "--out", tmp_path / "next"]
     model = pretrain.build_model(pretrain.parse([str(a) for a in flags(frames, tmp_path, *more)]), print)
     assert model.student["backbone"].pos_embed.shape == (1, 17, 32)
     assert "dino_head taken" in capsys.readouterr().out
@@ -445,6 +445,19 @@ def test_warm_start_keeps_the_stored_position_grid(frames, tmp_path):
     assert torch.equal(before(images)["cls"], after(images)["cls"])  # nothing learnt or resized
     run(frames, tmp_path / "second", *warm[2:], steps=3)
     assert final(tmp_path / "second")["step"] == 3
+
+
+def test_a_run_that_goes_on_does_not_read_init_again(frames, tmp_path):
+    """Whose file may be gone."""
+    run(frames, tmp_path / "first", steps=2)
+    warm = ["--init", tmp_path / "first" / "teacher_2.pt"]
+    run(frames, tmp_path / "whole", *warm, steps=4)
+    half = final_after(frames, tmp_path / "half", *warm, stop=2)
+    warm[1].unlink()
+    run(frames, half, *warm, "--save-every", 4, steps=4)
+    assert_same_run(half, tmp_path / "whole")
+    with pytest.raises(SystemExit, match="--init: .*teacher_2.pt"):
+        run(frames, half, "--resume", "no", *warm, steps=4)
 
 
 # --- the run folder ----------------------------------------------------------------------------

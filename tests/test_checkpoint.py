@@ -45,6 +45,11 @@ def gone(group):
     return all(state.startswith("Z") for state in states)
 
 
+def children(process):
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(child) for child in listed.split()]
+
+
 # --- killed, signalled -------------------------------------------------------------------------
 
 
@@ -103,15 +108,18 @@ def pair(frames, tmp_path_factory):
     return at, ended
 
 
-def test_two_killed_processes_resume_to_the_bit(frames, tmp_path, pair):
-    argv = flags(frames, tmp_path, "--save-every", 4, steps=30)
-    processes = spawn([argv], world=2)
-    wait_for((tmp_path / "last.pt").exists, processes)
-    for process in processes:
-        process.kill()
-        process.wait()
-    assert final(tmp_path)["step"] < 30
-    finish(spawn([argv], world=2))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_killed_processes_resume_to_the_bit(frames, tmp_path, pair, workers):
+    """Under torchrun; at once, though workers of the killed ones may live for up to ten seconds."""
+    argv = flags(frames, tmp_path, "--save-every", 4, steps=30, workers=workers)
+    (launcher,) = spawn([argv], world=2, torchrun=True, start_new_session=True)
+    wait_for((tmp_path / "last.pt").exists, [launcher])
+    trainers = children(launcher)
+    for pid in [launcher.pid, *trainers]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+    assert len(trainers) == 2 and final(tmp_path)["step"] < 30
+    finish(spawn([argv], world=2, torchrun=True))
     assert len(log(tmp_path)) == 30
     assert_same_run(tmp_path, pair[0]("unbroken"))
 
@@ -122,8 +130,7 @@ def test_signals_to_the_whole_group_lose_nothing(frames, unbroken, tmp_path, pai
     argv = flags(frames, tmp_path, "--save-every", 1000, steps=30, workers=workers)
     (process,) = spawn([argv], world=1 + torchrun, torchrun=torchrun, start_new_session=True)
     wait_for(lambda: logged(tmp_path) >= 3, [process])
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for group in [int(child) for child in children if torchrun] + [process.pid, process.pid]:
+    for group in [*(children(process) if torchrun else []), process.pid, process.pid]:
         os.killpg(group, signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert torchrun or process.returncode == 0, errors

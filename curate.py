@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import tempfile
 import time
@@ -441,6 +442,10 @@ def report(args, out, frames, code, tree, rows, chosen, about):
           ", ".join(f"{n} {reason}" for reason, n in result["dropped"].items()))
     print(f"{len(rows)} left, {len(chosen)} chosen from {np.count_nonzero(counts[:, 1])} videos in "
           f"{out}/manifest.csv; see report.json and sheet.png beside it")
+    start = "python pretrain.py --arch vitt14 --recipe demo"
+    if args.device != "cpu":
+        start = "torchrun --nproc-per-node gpu pretrain.py"
+    print(f"next: {start} --data {shlex.quote(str(out / 'manifest.csv'))}")
     return result
 
 

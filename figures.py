@@ -411,7 +411,6 @@ def canvas(width, height):
 def save_figure(image, path):
     size = image.width // SCALE, image.height // SCALE
     save(image.resize(size, Image.Resampling.LANCZOS), path)
-    print(f"figure: {path}")
 
 
 def padded(values):

@@ -21,6 +21,7 @@ import os
 import pathlib
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -557,7 +558,8 @@ def run(args, model, loaded, passes, dtype, frames, table):
         film.close()
     pictures = draw_timelines(table, loaded, labels, out)
     about = summary(args, table, loaded, labels, watch, ahead, n - table.done, seconds)
-    tell(about, [table.path, out / "summary.json", *pictures], "goes on" if stopped else None)
+    tell(about)
+    print(closing_words(args, out, len(pictures), frames, stopped))
     return about
 
 
@@ -600,7 +602,7 @@ def summary(args, table, loaded, labels, watch, ahead, n, seconds):
     return about
 
 
-def tell(about, written, stopped):
+def tell(about):
     """The summary for a person."""
     rate = about["frames per second"]
     print(f"\n{about['frames']} frames, {about['new frames']} of them now at {rate:.1f} frames/s; "
@@ -613,8 +615,28 @@ def tell(about, written, stopped):
     if about["wanted"]:
         keeps = "keeps" if rate >= about["wanted"] else "does not keep"
         print(f"  {keeps} up with the {about['wanted']:g} frames per second that --fps asks for")
-    print("wrote " + ", ".join(map(str, written)))
-    print("stopped: the same command goes on from here" if stopped else NOTE)
+
+
+def closing_words(args, out, timelines, frames, stopped):
+    """What was written, and the next command."""
+    overlays = len(list((out / "overlays").glob("*.jpg")))
+    words = (f"wrote {out / 'predictions.csv'}; beside it summary.json, {timelines} "
+             f"timeline_<video>.png, {overlays} annotated frames in overlays/\n")
+    if args.save_video:
+        words += f"wrote {args.save_video}\n"
+    if stopped:
+        return words + "stopped: the same command goes on from here"
+    if frames:
+        command = ["python", "vit.py", args.checkpoint, frames.path(0), "--show", out / "tokens.png"]
+        about = "what the backbone sees in a frame"
+    else:
+        film = out.with_name(f"{out.name}-film")
+        command = ["python", "predict.py", args.checkpoint, "--heads", *args.heads, "--video", args.video,
+                   "--out", film, "--save-video", out.with_name(f"{out.name}.mp4")]
+        about = "the overlays as a film"
+    if frames or not (args.save_video or args.live):
+        words += f"next: {shlex.join(map(str, command))}   # {about}\n"
+    return words + NOTE
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
@@ -831,17 +832,17 @@ def run(args, device, rank, world, stop):
         say(f"{stop[0] if stop else 'a signal'}: stopped after step {step} of {args.steps}; the same "
             f"command goes on from {out / 'last.pt'}")
     elif step == args.steps:
-        say(closing_words(out, args, log))
+        say(closing_words(out, args, log, frames.path(0)))
 
 
-def closing_words(out, args, log):
-    """What a finished run made, how it went, and what comes next."""
-    teacher = out / f"teacher_{args.steps}.pt"
+def closing_words(out, args, log, frame):
+    """What a finished run made, how it went, and what comes next; frame: the path of one."""
+    teacher, frame = out / f"teacher_{args.steps}.pt", shlex.quote(str(frame))
     went = f"; total loss {log.losses[0]:.3f} -> {log.losses[-1]:.3f}" if log.losses else ""
     unwell = f"; {len(log.warned)} warnings above" if log.warned else ""
     return (f"done: {teacher} is the backbone, {out / 'log.jsonl'} its history{went}{unwell}\n"
-            f"next: python probe_segment.py {teacher}      what it is worth, and a head to use\n"
-            f"      python vit.py {teacher} FRAMES --show tokens.png      what it sees")
+            f"next: python probe_segment.py {teacher}   # what it is worth, and a head to use\n"
+            f"      python vit.py {teacher} {frame} --show {out / 'tokens.png'}   # what it sees")
 
 
 def describe(args, model, frames, world, say):

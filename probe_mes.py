@@ -195,7 +195,9 @@ def curve(run, labelled, device, size, out):
     print(f"{labelled.name}: validation groups of split 0, paper value not available\n\n"
           f"{markdown_table(rows)}")
     scored, title = [(r["step"], r["kappa"]) for r in rows], f"{run.name}: {labelled.name}"
-    figures.draw_curve(losses, online, scored, out or run / "curve.png", title)
+    path = out or run / "curve.png"
+    figures.draw_curve(losses, online, scored, path, title)
+    print(f"wrote {path}")
     return rows
 
 
@@ -212,8 +214,9 @@ def histogram(labelled, out):
     rows = [{"class": c, "frames": int(n), "share": float(n / counts.sum())}
             for c, n in zip(labelled.classes, counts)]
     title = f"{labelled.name}: {counts.sum():,} frames"
-    figures.draw_bars(labelled.classes, counts.tolist(), out or "runs/mes_histogram.png", title)
-    print(markdown_table(rows))
+    path = out or "runs/mes_histogram.png"
+    figures.draw_bars(labelled.classes, counts.tolist(), path, title)
+    print(f"{markdown_table(rows)}\nwrote {path}")
     return rows
 
 

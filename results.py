@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import pathlib
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -573,8 +574,27 @@ def report(args, title, rows, labelled, sets, about):
             print(markdown_table([{"true": c} | dict(zip(labelled.classes, counts))
                                   for c, counts in zip(labelled.classes, row["confusion"])]))
     write_rows(rows, args.json)
-    print(f"\nrows: {args.json}")
-    for c in args.checkpoints:
-        print(f"heads: python predict.py {c} --heads {head_path(args, c, '*', '*')} "
-              "--data FRAMES --out OUT")
+    print("\n" + closing_words(args, rows, labelled, sets[0].words))
     return rows
+
+
+def closing_words(args, rows, labelled, own):
+    """What a probe wrote, whether each backbone is better than what it is compared with on the set
+    `own`, and the next command."""
+    lines = [f"wrote {args.json}" + ", and the heads of each checkpoint" * bool(args.checkpoints)]
+    for row in rows:
+        if row["table"] == "difference" and row["tested on"] == own:
+            metric = next(k for k in row if f"{k} low" in row)
+            low, high = row[f"{metric} low"], row[f"{metric} high"]
+            better = "better" if low > 0 else "worse" if high < 0 else "not surely another"
+            lines.append(f"{row['backbone']}, {row['head']}: {metric} {row[metric]:+.3f} "
+                         f"[{low:.3f}, {high:.3f}] beside {row['minus']}: {better}")
+    if not args.checkpoints:
+        return "\n".join([*lines, "next: python pretrain.py --arch vitt14 --recipe demo   "
+                                  "# a checkpoint to test beside random weights"])
+    first = args.checkpoints[0]
+    heads = shlex.quote(str(head_path(args, first, "", ""))[:-len("...pt")]) + ".*.*.pt"
+    frames = pathlib.Path(labelled.paths[labelled.splits[0].test[0]]).parent
+    source = shlex.join(["--data", str(frames), "--out", str(args.json.with_name("predicted"))])
+    return "\n".join([*lines, f"next: python predict.py {shlex.quote(str(first))} --heads {heads} "
+                              f"{source}   # or your own frames"])

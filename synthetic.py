@@ -750,7 +750,8 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     frames = [f for f in root.rglob("*.*") if f.suffix in (".jpg", ".bmp") and f.parent.name != "masks"]
-    print(f"{root}: {len(frames):,} frames. Next: python pretrain.py --data {root / 'unlabelled'}")
+    print(f"{root}: {len(frames):,} frames\n"
+          f"next: python pretrain.py --arch vitt14 --recipe demo --data {root / 'unlabelled'}")
 
 
 if __name__ == "__main__":

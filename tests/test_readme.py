@@ -156,9 +156,9 @@ def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
     torch.set_num_threads(threads)
 
 
-def test_commands_run(laid_out, capsys):
+def test_commands_run(laid_out, capsys, request):
     """The commands of the results and of the README, small; two steps of a tiny backbone stand for
-    every published run and for DINOv2's weights."""
+    every published run and for DINOv2's weights. Each script ends with a command that can be pasted."""
     results = commands((ROOT / "docs/results.md").read_text())
     trained_first = sorted(results, key=lambda command: command[0] != "pretrain")
     ran = []
@@ -182,6 +182,13 @@ def test_commands_run(laid_out, capsys):
     runs = "kvasir", "synthetic", "vitt14-adapt", "vitt14-scratch"
     made = ["curated/manifest.csv", "tokens.png", "runs/kvasir/*.png"]
     assert all(list(laid_out.glob(name)) for name in made + [f"runs/{r}/teacher_2.pt" for r in runs])
+    request.getfixturevalue("parsers")  # from here on a script reads its flags and no more
+    closing = {name: found for name, out in ran
+               if (found := re.findall(r"^(?:next:|     ) ((?:torchrun|python) .*)$", out, re.M))}
+    assert {"curate", "pretrain", "predict", "probe_classify", "probe_mes", "probe_segment"} <= closing.keys()
+    for name, argv in commands("```bash\n" + "\n".join(sum(closing.values(), [])) + "\n```"):
+        assert os.path.exists(argv[0]) or name == "pretrain"
+        main(name, argv)
 
 
 @texts

@@ -173,6 +173,15 @@ def test_smoothing_means_the_last_probabilities_of_one_video(small, tmp_path):
         assert row["landmarks linear label (running mean of 3 frames)"] == likeliest
 
 
+def test_a_new_video_forgets_the_one_before():
+    head = frozen.Head("landmarks", "linear", ("a", "b"), 42, "crop", (), True, {}, {}, None)
+    smooth = predict.Smoothed(head, "it", 3)
+    rows = [{"video": video, "error": "", "it p(a)": p, "it p(b)": 1 - p}
+            for video, p in (("1", 0.9), ("1", 0.9), ("2", 0.2), ("2", 0.4), ("2", 0.7))]
+    assert [smooth(row) for row in rows] == ["a", "a", "b", "b", "b"]
+    assert smooth(rows[0]) == "a"
+
+
 def test_other_heads_or_frames_do_not_mix(small, tmp_path):
     run(small, tmp_path)
     with pytest.raises(SystemExit, match="made with another smoothing"):

@@ -271,6 +271,22 @@ def test_step_page_says_what_the_code_does(tmp_path, monkeypatch):
         assert len({Image.open(folder / name).size for folder in folders}) == 1
 
 
+@pytest.mark.parametrize("arch", ["vitt14", "vits14_reg4"])
+def test_plain_pytorch_reads_the_export(arch, tmp_path, filled):
+    """What docs/help.md says of it, and of timm's models: the names are the released ones."""
+    vit, text = importlib.import_module("vit"), (ROOT / "docs/help.md").read_text()
+    model, names = filled(vit.build_vit(arch, image_size=56)).eval(), {}
+    vit.export_backbone(tmp_path / "OUT.pth", model)
+    weights = torch.load(tmp_path / "OUT.pth", weights_only=True)
+    exec(re.search(r"```python\n(import torch\n.*?def tokens.*?)```", text, re.S)[1], names)
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.cat([model(images)["cls"][:, None], *list(model(images).values())[1:]], 1)
+        found = names["tokens"](weights, images, heads=model.dim // 64)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- the demonstration ---------------------------------------------------------------------------
 
 STUB = """import pathlib, sys

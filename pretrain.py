@@ -48,8 +48,10 @@ from dino import (DINOv2, answer, clip_gradients, cosine_schedule, everywhere,  
 # scratch and scratch-long are DINOv2's vitl16_short and vitl14/vitg14 configurations, except
 # that local crops are 98 px (96 is no multiple of 14) and ViT-L keeps its MLP (the SwiGLU L of
 # the long configuration was never released).
-# adapt follows Meta's two-stage warm start (arXiv 2606.05107, FINO): new heads settle on a frozen
-# backbone, then a ramp.
+# adapt goes on from released weights with hundreds of steps of few frames: demo's values, and a
+# backbone that learns at a twentieth of its new heads' rate. Chosen on validation frames among ten
+# settings (docs/log.md). Meta's two-stage warm start (arXiv 2606.05107, FINO), for long runs with
+# tens of thousands of prototypes: --lr 2e-4 --min-lr -1 --freeze-backbone 0.4 --backbone-ramp 0.04.
 # demo is ours, for hundreds of frames and steps. With DINOv2's values so short a run never leaves
 # the plateau where teacher and student are uniform: Sinkhorn spreads each of 2B rows over K / 2B
 # prototypes, so K is small; the teacher is sharp and follows fast; the crops are large and keep
@@ -58,6 +60,7 @@ from dino import (DINOv2, answer, clip_gradients, cosine_schedule, everywhere,  
 # for which --checkpoint-activations is wise. Nobody has run it.
 NAMES = "scratch", "scratch-long", "adapt", "one-gpu", "demo"
 SHRINK_ON_CPU = "steps", "batch", "prototypes", "global_size", "local_size"  # to demo's values
+ADAPT_ON_CPU = {"global_size": 112, "local_size": 56}  # so small already, but for its crops
 
 
 def interval(text):
@@ -95,54 +98,54 @@ FLAGS = {
         ("global_size", int, [224, 224, 224, 224, 98],
          "px of the two global crops, a multiple of 14"),
         ("local_size", int, [98, 98, 98, 98, 42], "px of the local crops, a multiple of 14"),
-        ("local_crops", int, [8, 8, 8, 6, 4], "local crops per frame; they cost most of a step"),
-        ("global_scale", PAIR, [(0.32, 1.0), (0.32, 1.0), (0.4, 1.0), (0.32, 1.0), (0.5, 1.0)],
+        ("local_crops", int, [8, 8, 4, 6, 4], "local crops per frame; they cost most of a step"),
+        ("global_scale", PAIR, [(0.32, 1.0), (0.32, 1.0), (0.5, 1.0), (0.32, 1.0), (0.5, 1.0)],
          "area of a global crop in the frame"),
-        ("local_scale", PAIR, [(0.05, 0.32), (0.05, 0.32), (0.05, 0.4), (0.05, 0.32), (0.2, 0.6)],
+        ("local_scale", PAIR, [(0.05, 0.32), (0.05, 0.32), (0.2, 0.6), (0.05, 0.32), (0.2, 0.6)],
          "area of a local crop in the frame"),
         ("blur", augment.BLUR, "as-executed", "DINOv2's released weights were trained with its "
          "blur's probabilities inverted: as-executed repeats that, as-written is the paper's"),
-        ("hue", bool, [ON, ON, ON, ON, OFF],
+        ("hue", bool, [ON, ON, OFF, ON, OFF],
          "turn hues at random; colour is diagnostic in endoscopy, so try without"),
-        ("grayscale", bool, [ON, ON, ON, ON, OFF], "drop the colour of a fifth of the crops"),
-        ("solarize", bool, [ON, ON, ON, ON, OFF],
+        ("grayscale", bool, [ON, ON, OFF, ON, OFF], "drop the colour of a fifth of the crops"),
+        ("solarize", bool, [ON, ON, OFF, ON, OFF],
          "invert the light part of a fifth of the second global crops"),
         ("exact_decode", bool, OFF,
          "never let the JPEG decoder shrink a frame that is much larger than its crops"),
     ],
     "optimisation": [
-        ("steps", int, [125_000, 625_000, 25_000, 50_000, 200],
+        ("steps", int, [125_000, 625_000, 900, 50_000, 200],
          "length of the run and of all schedules; warm-ups are fractions of it"),
-        ("batch", int, [64, 32, 64, 32, 32],
+        ("batch", int, [64, 32, 32, 32, 32],
          "frames per process and step; Sinkhorn and KoLeo want many"),
-        ("lr", float, [4e-3, 2e-4, 2e-4, 2e-3, 1.2e-2],
+        ("lr", float, [4e-3, 2e-4, 1.2e-2, 2e-3, 1.2e-2],
          "base rate for 1024 frames per step, scaled by sqrt(global batch / 1024)"),
-        ("min_lr", float, [1e-6, 1e-6, -1.0, 1e-6, 1e-6],
+        ("min_lr", float, 1e-6,
          "rate at the end of the cosine; -1 = constant after the warm-up"),
-        ("warmup", float, [0.1, 0.16, 0.12, 0.1, 0.1],
+        ("warmup", float, [0.1, 0.16, 0.1, 0.1, 0.1],
          "fraction of the steps over which the rate rises from 0"),
-        ("backbone_lr", float, [1.0, 1.0, 1.0, 1.0, 1.0],
+        ("backbone_lr", float, [1.0, 1.0, 0.05, 1.0, 1.0],
          "rate of the backbone relative to that of the heads; a warm start that is short wants "
          "fast new heads on a backbone that moves little"),
         ("layerwise_decay", float, [0.9, 1.0, 0.9, 0.9, 1.0],
          "rate of each block relative to the block above; 1 = all alike"),
         ("patch_embed_lr", float, 0.2, "further factor on the patch embedding's rate"),
         ("weight_decay", float, [0.04, 0.04, 0.04, 0.04, 0.04], "at the first step"),
-        ("weight_decay_end", float, [0.4, 0.2, 0.04, 0.4, 0.4], "at the last step"),
-        ("momentum", float, [0.992, 0.994, 0.994, 0.99, 0.9],
+        ("weight_decay_end", float, [0.4, 0.2, 0.4, 0.4, 0.4], "at the last step"),
+        ("momentum", float, [0.992, 0.994, 0.95, 0.99, 0.9],
          "of the teacher at the first step; 1 at the last. Lower it for short runs"),
         ("clip", float, 3.0, "largest gradient norm of each submodule"),
-        ("drop_path", float, [0.3, 0.4, 0.1, 0.1, 0.0],
+        ("drop_path", float, [0.3, 0.4, 0.0, 0.1, 0.0],
          "fraction of the frames that each residual branch leaves out"),
-        ("freeze_last_layer", float, [0.01, 0.002, 0.018, 0.01, 0.01],
+        ("freeze_last_layer", float, [0.01, 0.002, 0.01, 0.01, 0.01],
          "fraction of the steps in which the prototypes stay"),
-        ("freeze_backbone", float, [0.0, 0.0, 0.4, 0.0, 0.0],
+        ("freeze_backbone", float, 0.0,
          "fraction of the steps in which the backbone stays"),
-        ("backbone_ramp", float, [0.0, 0.0, 0.04, 0.0, 0.0],
+        ("backbone_ramp", float, 0.0,
          "fraction of the steps over which its rate then rises"),
     ],
     "losses": [
-        ("prototypes", int, [65536, 131072, 65536, 2048, 128],
+        ("prototypes", int, [65536, 131072, 256, 2048, 128],
          "K, outputs of each head; fewer for small batches"),
         ("head_hidden", int, 2048, "width of the heads' hidden layers"),
         ("bottleneck", int, [256, 384, 256, 256, 256],
@@ -151,13 +154,13 @@ FLAGS = {
         ("centering", ("sinkhorn", "centering"),
          ["centering", "sinkhorn", "sinkhorn", "sinkhorn", "sinkhorn"],
          "how the teacher is kept from collapse"),
-        ("teacher_temp", float, [0.07, 0.07, 0.07, 0.05, 0.03],
+        ("teacher_temp", float, [0.07, 0.07, 0.03, 0.05, 0.03],
          "after its warm-up; lower is sharper"),
-        ("teacher_temp_start", float, [0.04, 0.04, 0.04, 0.03, 0.02],
+        ("teacher_temp_start", float, [0.04, 0.04, 0.02, 0.03, 0.02],
          "at the first step; too high and nothing is learnt, too low and it collapses"),
         ("temp_warmup", float, [0.3, 0.06, 0.3, 0.3, 0.3],
          "fraction of the steps over which the temperature rises"),
-        ("koleo", float, [0.1, 0.1, 0.1, 0.05, 0.02],
+        ("koleo", float, [0.1, 0.1, 0.02, 0.05, 0.02],
          "weight of the term that spreads the class tokens; per process"),
     ],
     "run": [
@@ -198,7 +201,9 @@ RECIPES = {recipe: {name: default[i] for name, _, default, _ in ROWS.values() if
 def defaults(recipe, device):
     """{flag: the value it has where it is not given}."""
     row = {name: default for name, _, default, _ in ROWS.values()} | RECIPES[recipe]
-    if device == "cpu":
+    if device == "cpu" and recipe == "adapt":
+        row |= ADAPT_ON_CPU
+    elif device == "cpu":
         row |= {name: RECIPES["demo"][name] for name in SHRINK_ON_CPU}
     return row
 
@@ -237,7 +242,8 @@ def recipe_table():
         cells = (" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
         lines.append(f"  {flag(name):<20}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join([*lines, "", "ViT-L keeps its MLP in every recipe. Without a GPU "
-                      + ", ".join(map(flag, SHRINK_ON_CPU)) + " default to demo's."])
+                      + ", ".join(map(flag, SHRINK_ON_CPU))
+                      + " default to demo's, and the crops of adapt to 112 and 56 px."])
 
 
 def complete(parser, given):
@@ -847,7 +853,7 @@ def closing_words(out, args, log, frame):
 
 def describe(args, model, frames, world, say):
     """Print what will run, and where the numbers come from."""
-    if args.device == "cpu" and args.recipe != "demo":
+    if args.device == "cpu" and args.recipe not in ("demo", "adapt"):
         say(f"no GPU: {', '.join(map(flag, SHRINK_ON_CPU))} default to those of --recipe demo. The "
             f"other values of {args.recipe} are made for long runs: so short a run shows that all "
             "works, and learns little; --recipe demo learns")

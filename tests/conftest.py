@@ -1,11 +1,15 @@
 """What every test shares: where the official numbers lie, how weights and inputs are made from their
 names, one small set of synthetic frames."""
+import os
 import pathlib
 import sys
 
 import numpy as np
 import pytest
 import torch
+
+# with torch.use_deterministic_algorithms cuBLAS refuses every product unless this is set
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))  # fill.py lies beside the numbers that were made with it

@@ -86,10 +86,11 @@ def test_schedules_equal_dinov2(reference):
     assert (found["backbone_lr"] == found["lr"]).all()
 
 
-def test_adapt_holds_the_backbone_then_ramps():
-    args = pretrain.parse(["--recipe", "adapt", "--device", "cpu", "--steps", "1000",
-                           "--lr", "2e-4", "--freeze-backbone", "0.4", "--backbone-ramp", "0.04",
-                           "--backbone-lr", "0.05"])
+def test_a_warm_start_can_hold_the_backbone_then_ramp():
+    args = pretrain.parse(["--recipe", "adapt", "--device", "cpu", "--steps", "1000", "--lr", "2e-4",
+                           "--min-lr", "-1", "--freeze-backbone", "0.4", "--backbone-ramp", "0.04",
+                           "--freeze-last-layer", "0.018", "--warmup", "0.12"])
+    assert args.backbone_lr == 0.05
     s = dino.make_schedules(args, global_batch=64)
     assert s["lr"][399] == pytest.approx(5e-5)  # FINO: at 64 frames per step
     assert (s["backbone_lr"][:400] == 0).all() and (np.diff(s["backbone_lr"][399:441]) > 0).all()

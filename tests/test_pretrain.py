@@ -200,6 +200,13 @@ def first_step(args):
     return pretrain.initial_loss_report(terms, args, temp)
 
 
+def test_adapt_takes_smaller_crops_on_a_cpu_and_nothing_else():
+    on_cpu, on_gpu = (pretrain.defaults("adapt", device) for device in ("cpu", "cuda"))
+    differ = {name for name in on_gpu if on_cpu[name] != on_gpu[name]}
+    assert differ == {"global_size", "local_size"} and on_gpu["prototypes"] == 256
+    assert (on_cpu["global_size"], on_cpu["local_size"]) == (112, 56)
+
+
 def test_warns_of_collapse():
     spread = {"kl_to_uniform": 2.0, "entropy_of_mean": 3.0, "prototypes_used": 30}
     assert pretrain.collapse_warnings(spread, 64, 32) == []
@@ -291,7 +298,8 @@ def test_every_recipe_names_the_same_flags():
     assert len({tuple(recipe) for recipe in pretrain.RECIPES.values()}) == 1
     for name in pretrain.RECIPES:
         args = pretrain.parse(["--recipe", name, "--device", "cpu"])
-        assert (args.prototypes, args.global_size, args.local_size) == (128, 98, 42)  # shrunk
+        shrunk = (256, 112, 56) if name == "adapt" else (128, 98, 42)
+        assert (args.prototypes, args.global_size, args.local_size) == shrunk
         given = pretrain.parse(["--recipe", name, "--device", "cpu", "--prototypes", "99"])
         assert given.prototypes == 99
 

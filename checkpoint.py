@@ -31,7 +31,7 @@ from dino import make_schedules
 MAY_CHANGE = {  # arguments that may differ between a checkpoint and the run that goes on from it
     "steps", "batch", "data", "frames", "out", "resume", "init", "workers", "threads", "device",
     "compile", "shard", "checkpoint_activations", "save_every", "export_every", "log_every",
-    "max_skips", "probe_every", "probe_data", "probe_task"}
+    "max_skips", "probe_every", "probe_data", "probe_task", "verbose"}
 ANY_MACHINE = {"data", "frames", "out", "init", "workers", "threads"}  # between processes
 OF_A_RUN = ("args.json", "log.jsonl", "last.pt", "best.pt", "teacher_*.pt", "nonfinite_*.pt")
 

@@ -14,11 +14,9 @@ process or frame), so the state of the random numbers is the step.
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import multiprocessing
 import os
-import pathlib
 import shlex
 import shutil
 import signal
@@ -30,18 +28,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
 
 import augment
 import data
-import dino_loss as losses
 import synthetic
 import vit
-from checkpoint import (Saver, anywhere, check_agreement, check_room, cut_log, digest,
-                        keep_nonfinite, on_rank_0, plain, plain_teacher, reset_best, resume,
-                        run_folder, stored_size, together, writing)
+from checkpoint import (Saver, anywhere, check_agreement, check_room, digest, keep_nonfinite,
+                        on_rank_0, plain, reset_best, resume, run_folder, stored_size, together)
 from dino import (DINOv2, answer, clip_gradients, cosine_schedule, everywhere,  # noqa: F401
                   make_schedules, param_groups, train_step)
+from watch import OVERFLOWS, Log, measured_on, open_probe, probe
 
 # --- recipes and flags -------------------------------------------------------------------------
 
@@ -69,6 +65,8 @@ def interval(text):
         raise ValueError
     return text if text.endswith("m") else int(text)
 
+
+SHAPES = "frames", "optimisation", "losses"  # groups of flags that shape the training
 
 ON, OFF = True, False
 PAIR = (float, float)
@@ -172,6 +170,7 @@ FLAGS = {
         ("export_every", int, None, "steps between two teacher_<step>.pt; 0 = only at the end; if "
          "not given, 5000 or a fiftieth of --steps, whichever is more"),
         ("log_every", int, 10, "steps between two lines of log.jsonl"),
+        ("verbose", bool, OFF, "print every argument at the start; args.json has them anyway"),
         ("max_skips", int, 0,
          "steps with a non-finite loss or gradient that are skipped before the run stops"),
         ("probe_every", int, 0,
@@ -331,9 +330,17 @@ def start(args):
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, rank=rank, world_size=world, store=store,
                                 timeout=datetime.timedelta(hours=2))  # rank 0's probe is long
-    names = {dtype: name for name, dtype in vit.PRECISIONS.items()}
-    args.number_type = names[vit.precision(device, args.precision)]
+    number_type(args, device)
     return device, rank, world
+
+
+def number_type(args, device):
+    """The torch.dtype of the matrix products. The hardware is asked once: the answer's name stays
+    in args.number_type, and so in args.json and last.pt."""
+    if "number_type" not in args:
+        names = {dtype: name for name, dtype in vit.PRECISIONS.items()}
+        args.number_type = names[vit.precision(device, args.precision)]
+    return vit.PRECISIONS[args.number_type]
 
 
 def open_frames(args, say):
@@ -408,7 +415,7 @@ def distribute(model, args, device, world):
         for block in [*model.student["backbone"].blocks, *model.teacher["backbone"].blocks]:
             block.compile()
     if args.shard:
-        return shard(model, vit.precision(device, args.precision))
+        return shard(model, number_type(args, device))
     if world > 1:
         devices = [device.index] if device.type == "cuda" else None
         # the centres are equal in all processes already: they are made from the rows of all
@@ -454,14 +461,14 @@ def make_optimizer(model, args):
 def make_scaler(args, device, state=None):
     """float16 ends at 6e-8, where most gradients lie: they are computed 2^16 times as large, and a
     little less or more from then on. Disabled where products are in other types."""
-    scaler = torch.amp.GradScaler(device.type, enabled=args.number_type == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=number_type(args, device) == torch.float16)
     if state:
         scaler.load_state_dict(state)
     return scaler
 
 
 def autocast_for(args, device):
-    return vit.autocast(device, vit.precision(device, args.precision))
+    return vit.autocast(device, number_type(args, device))
 
 
 def make_batches(args, frames, start, rank, world, device, seen=None, lifeline=None):
@@ -503,180 +510,6 @@ def next_batch(batches, skipped, log, step, trouble):
         else:
             raise
     return None
-
-
-# --- watching ----------------------------------------------------------------------------------
-
-
-def healthy_cross_entropies(n_prototypes, bottleneck, temp, student_temp=0.1, draws=32):
-    """Between which values a new network's cross-entropy lies, in nats per pair: (low, high),
-    each with four deviations over the draw of the prototypes. low: the student says what the
-    teacher says; high: they have nothing in common.
-
-    Logits are cosines in `bottleneck` dimensions, so z is nearly normal with deviation
-    bottleneck^-1/2. On average over z the cross-entropy is a little over ln K. A teacher that is
-    not centred yet puts its weight softmax(z / temp) on the largest z; crops of one image are
-    alike to a new network, so there the student's z is large as well."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(draws, n_prototypes, generator=generator) / math.sqrt(bottleneck)
-    surprise = -(z / student_temp).log_softmax(1)                              # (draws, K)
-    alike = ((z / temp).softmax(1) * surprise).sum(1)                          # (draws,)
-    unrelated = surprise.mean(1)                                               # (draws,)
-    return (float(alike.mean() - 4 * alike.std()),
-            float(unrelated.mean() + 4 * unrelated.std()))
-
-
-def initial_loss_report(terms, args, temp):
-    """At the start student and teacher know nothing: every cross-entropy is near ln K, and how
-    near can be computed."""
-    pairs = 2 + 2 * args.local_crops
-    share = {"dino_local": 2 * args.local_crops / pairs, "dino_global": 2 / pairs,
-             "ibot": 0.5}  # half of the images hide something
-    text, well = "first step:", True
-    for name, part in share.items():
-        bottleneck = 256 if name == "ibot" and args.separate_heads else args.bottleneck
-        low, high = healthy_cross_entropies(args.prototypes, bottleneck, temp)
-        text += f" {name} {terms[name]:.3f} (healthy {part * low:.3f} to {part * high:.3f}),"
-        well &= 0.95 * low < terms[name] / part < 1.05 * high
-    text += f" koleo {terms['koleo']:.3f}"
-    if not well:
-        text += ("\nWARNING: a loss is more than 5 % outside; expected only when --init brings "
-                 "trained heads")
-    return text
-
-
-def collapse_warnings(stats, n_prototypes, rows):
-    """Sentences about the teacher's plain softmax (losses.collapse_stats) that call for a look;
-    empty when all is well."""
-    warnings = []
-    if stats["kl_to_uniform"] < 0.01 * math.log(n_prototypes):
-        warnings.append("the teacher's output is uniform over the prototypes: lower "
-                        "--teacher-temp or raise --lr")
-    if rows >= 8 and stats["entropy_of_mean"] < 0.1 * math.log(min(rows, n_prototypes)):
-        warnings.append("every frame falls on the same prototypes: use --centering sinkhorn, a "
-                        "larger --batch or a lower --lr")
-    if rows >= 8 and stats["prototypes_used"] <= max(1, rows // 32):
-        warnings.append(f"{stats['prototypes_used']} prototypes serve all {rows} crops: use a "
-                        "larger --batch or a lower --lr")
-    return warnings
-
-
-def probe(model, args, labelled, progress, device, trouble):
-    """Score the teacher on labelled frames, keep the best one and its score in `progress`; returns
-    the metrics. Process 0 works, the others wait; what goes wrong is told to `trouble`."""
-    import probe_mes  # lazily: training without a probe does not need it
-    backbone, path = plain_teacher(model, args), pathlib.Path(args.out) / "best.pt"
-    step, best = progress["step"], progress["best"]
-
-    def score():
-        name = "kappa" if args.probe_task == "mes" else "macro_f1"
-        try:
-            dtype = vit.precision(device, args.precision)
-            metrics = probe_mes.online_score(backbone.to(device), labelled, device, dtype=dtype)
-            numbers = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-            before = f"best {name} so far {best:.3f}" if best > -math.inf else f"the first {name}"
-            tqdm.write(f"step {step}: {numbers} ({before})")
-            if metrics[name] > best:
-                with writing(path):
-                    vit.save_backbone(path, backbone, args.arch, step, plain(args), metrics)
-            return metrics, max(best, metrics[name])
-        except (OSError, ValueError) as error:
-            trouble.append(f"the probe after step {step}: {error}")
-        except SystemExit as end:
-            trouble.append(end.code)
-        return None, best
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the workers of the probe inherit this
-    try:
-        metrics, progress["best"] = on_rank_0(score)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    return metrics
-
-
-class Log:
-    """log.jsonl and the progress bar, on rank 0; warns of a run that looks unwell. On resuming,
-    what will be made again is cut."""
-
-    def __init__(self, out, args, progress, world, rank, trouble):
-        self.args, self.world, self.rank, self.trouble = args, world, rank, trouble
-        self.warned, self.greeted, self.losses = set(), progress["step"] > 0, []
-        self.images = self.wait = 0.0
-        self.clock = time.perf_counter()
-        on_rank_0(lambda: self.open(out, progress["step"]))
-        seen, left = progress["seen"], (args.steps - progress["step"]) * args.batch * world
-        self.bar = tqdm(total=seen + left, initial=seen, unit="img", disable=rank != 0)
-
-    def open(self, out, start):
-        with writing(out / "log.jsonl"):
-            cut_log(out / "log.jsonl", start)
-            (out / "args.json").write_text(json.dumps(plain(self.args), indent=1) + "\n")
-            self.file = open(out / "log.jsonl", "a", buffering=1)
-
-    @contextlib.contextmanager
-    def waiting(self):
-        began = time.perf_counter()
-        yield
-        self.wait += time.perf_counter() - began
-
-    def due(self, step):
-        return step % self.args.log_every == 0 or not self.greeted
-
-    def step(self, step, terms, norms, now, model, scaler=None):
-        args, n = self.args, self.args.batch * self.world
-        self.images += n
-        self.bar.update(n)
-        if not self.due(step):
-            return
-        means = losses.all_reduce(torch.stack(list(terms.values()))) / self.world
-        terms = dict(zip(terms, means.tolist()))
-        stats = losses.collapse_stats(model.teacher_logits, float(now["temp"]))
-        seconds = time.perf_counter() - self.clock
-        line = {"step": step, **terms, **{k: float(v) for k, v in now.items()}}
-        line |= {f"grad_norm_{k}": float(v) for k, v in norms.items()} | stats
-        if scaler and scaler.is_enabled():
-            line["loss_scale"] = scaler.get_scale()
-        rates = {"images_per_s": self.images / seconds, "input_wait": self.wait / seconds}
-        self.write(line | rates)
-        self.images, self.wait, self.clock = 0, 0.0, time.perf_counter()
-        self.losses.append(terms["loss"])
-        self.bar.set_postfix_str(f"step {step} loss {terms['loss']:.3f}")
-        if not self.greeted:  # the first step that counts: in float16 the very first may overflow
-            self.say(initial_loss_report(terms, args, float(now["temp"])))
-            self.greeted = True
-        if step >= max(100, args.warmup * args.steps):  # every run starts uniform
-            for sentence in collapse_warnings(stats, args.prototypes, len(model.teacher_logits)):
-                if sentence not in self.warned:
-                    self.say(f"WARNING, step {step}: {sentence}")
-                    self.warned.add(sentence)
-
-    def overflow(self, step, in_a_row, scaler):
-        """A step whose gradients were too large for float16 at this scale; the next is smaller."""
-        self.images += self.args.batch * self.world
-        self.bar.update(self.args.batch * self.world)
-        self.write({"step": step, "overflows": in_a_row, "loss_scale": scaler.get_scale()})
-        if in_a_row == 10:
-            self.trouble.append(f"step {step}: gradients were not finite for ten steps in a row, "
-                                f"down to a loss scale of {scaler.get_scale():g}: lower --lr, or use "
-                                "--precision bf16 or fp32")
-
-    def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text)
-
-    def write(self, line):
-        if self.rank == 0:
-            try:
-                with writing(self.file.name):
-                    self.file.write(json.dumps(line) + "\n")
-            except SystemExit as end:
-                self.trouble.append(end.code)
-
-    def close(self):
-        self.bar.close()
-        if self.rank == 0:
-            with contextlib.suppress(OSError):  # a line that could not be written
-                self.file.close()
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -758,7 +591,7 @@ class Verdicts:
                               self.trouble):
                 raise RunEnds  # before this step, which will be made again
         progress |= {"step": step + 1, "seen": progress["seen"] + progress["global_batch"]}
-        if progress["overflows"] == 10:
+        if progress["overflows"] == OVERFLOWS:
             raise RunEnds
 
 
@@ -863,33 +696,36 @@ def describe(args, model, frames, world, say):
     if args.compile and args.device == "cpu":
         say("--compile: the blocks are compiled in the first two steps, which takes a quarter of a "
             "minute and more; the next run of the same sizes finds them compiled")
-    say("\n".join(f"  {k:20} {v}" for k, v in sorted(plain(args).items())))
     n = args.batch * world
     backbone = sum(p.numel() for p in model.student["backbone"].parameters())
     everything = sum(p.numel() for p in model.student.parameters())
-    say(f"{everything:,} parameters (backbone {backbone:,}), {len(frames):,} frames, {n} per step "
-        f"({world} x {args.batch}), {args.steps} steps = {args.steps * n / len(frames):.1f} epochs\n"
+    say(f"{args.arch}, recipe {args.recipe}, seed {args.seed}, on {args.device} in "
+        f"{args.number_type}: {backbone:,} parameters, {everything:,} with the heads\n"
+        f"{len(frames):,} frames of {args.data or 'the synthetic set'}; of each 2 crops of "
+        f"{args.global_size} px and {args.local_crops} of {args.local_size} px\n"
+        f"{args.steps:,} steps of {n} frames ({world} x {args.batch}) = "
+        f"{args.steps * n / len(frames):.1f} epochs\n"
         f"peak learning rate {args.lr * math.sqrt(n / 1024):.3g} = --lr {args.lr:g} * "
         f"sqrt({n} / 1024)")
+    if others := other_than_usual(args):
+        say(f"other than usual in {args.recipe}: {', '.join(others)}")
+    if args.verbose:
+        say("\n".join(f"  {k:20} {v}" for k, v in sorted(plain(args).items())))
 
 
-def open_probe(args, say):
-    """The labelled frames of the online probe, or None."""
-    if not args.probe_every:
-        return None
-    root = args.probe_data
-    if root is None:
-        root = synthetic.ensure()
-        say(f"no --probe-data: probing on the synthetic frames in {root}")
-    try:
-        return data.open_labelled(root, args.probe_task)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--probe-data {root}: {error}") from error
-
-
-def measured_on(args, labelled):
-    """What the probe's scores belong to: its task and the names of its frames."""
-    return labelled and [args.probe_task, digest("\n".join(labelled.paths).encode())]
+def other_than_usual(args):
+    """["--steps 100 (200)", "--no-hue", ...]: what shapes the training and is not as the recipe
+    has it on this device."""
+    usual, found = defaults(args.recipe, args.device), []
+    for name, kind, *_ in (row for title in SHAPES for row in FLAGS[title]):
+        value, before = getattr(args, name), usual[name]
+        if kind is PAIR:
+            value, before = (" ".join(map(str, pair)) for pair in (value, before))
+        if before is None or value == before:
+            continue
+        found.append((flag(name) if value else flag(f"no_{name}")) if kind is bool else
+                     f"{flag(name)} {value} ({before})")
+    return found
 
 
 def draw_kept(model, batch, seed, step, rank):

@@ -1,5 +1,6 @@
 """Whole runs of pretraining with a tiny network: split over processes, poisoned, recomputed, and
 whether they learn."""
+import json
 import os
 import pathlib
 
@@ -12,6 +13,7 @@ from pretrain_runs import (assert_same_run, final, finish, flags, frames,  # noq
 import augment
 import pretrain
 import vit
+import watch
 
 
 def test_recomputed_activations_change_nothing(frames, tmp_path):
@@ -196,8 +198,8 @@ def first_step(args):
     with torch.no_grad():
         terms = model(pretrain.augment.augment(batch, "cpu"), temp)
     doubled = {name: 2 * term for name, term in terms.items()}
-    assert "WARNING" in pretrain.initial_loss_report(doubled, args, temp)
-    return pretrain.initial_loss_report(terms, args, temp)
+    assert "WARNING" in watch.initial_loss_report(doubled, args, temp)
+    return watch.initial_loss_report(terms, args, temp)
 
 
 def test_adapt_takes_smaller_crops_on_a_cpu_and_nothing_else():
@@ -209,12 +211,28 @@ def test_adapt_takes_smaller_crops_on_a_cpu_and_nothing_else():
 
 def test_warns_of_collapse():
     spread = {"kl_to_uniform": 2.0, "entropy_of_mean": 3.0, "prototypes_used": 30}
-    assert pretrain.collapse_warnings(spread, 64, 32) == []
+    assert watch.collapse_warnings(spread, 64, 32) == []
     for sign, words in (({"kl_to_uniform": 0.01}, "uniform"),
                         ({"entropy_of_mean": 0.1}, "same prototypes"),
                         ({"prototypes_used": 1}, "1 prototypes")):
-        (warning,) = pretrain.collapse_warnings(spread | sign, 64, 32)
+        (warning,) = watch.collapse_warnings(spread | sign, 64, 32)
         assert words in warning
+
+
+def test_a_run_says_in_a_few_lines_what_it_is(frames, tmp_path, capsys):
+    """And with --verbose every argument, as args.json has them anyway."""
+    run(frames, tmp_path / "run", "--hue", "--no-separate-heads", steps=1)
+    said = capsys.readouterr().out.split("first step")[0]
+    assert "tiny, recipe demo, seed 0, on cpu in fp32: 45,056 parameters, 50,864 with the heads" in said
+    assert f"24 frames of {frames}; of each 2 crops of 56 px and 2 of 28 px" in said
+    assert "1 steps of 4 frames (1 x 4) = 0.2 epochs" in said
+    others = said.split("other than usual in demo: ")[1].splitlines()[0].split(", ")
+    assert {"--hue", "--no-separate-heads", "--steps 1 (200)", "--local-crops 2 (4)"} < {*others}
+    assert len(said.splitlines()) < 8 and "layerwise_decay" not in said and "0.5 1.0" not in said
+    run(frames, tmp_path / "run", "--hue", "--no-separate-heads", "--verbose", steps=1)
+    said = capsys.readouterr().out
+    for key, value in json.loads((tmp_path / "run" / "args.json").read_text()).items():
+        assert f"  {key:20} {value}\n" in said, key
 
 
 # --- flags -------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ import predict
 import pretrain
 import synthetic
 import vit
+from checkpoint import Saver
 from custom_kernels import bench_attention as attention_benchmark
 from custom_kernels import bench_prototype_loss as loss_benchmark
 from custom_kernels import say_once
@@ -318,6 +319,9 @@ def step_tables(flags, variants, runs, clock):
     rates = ", ".join(f"{short(dtype)} {r / 1e12:.2f} TFLOP/s" for dtype, r in rates.items())
     print(f"\nFloor: the step's {flops / 1e9:.0f} GFLOP at the rate of large products, {rates}.")
     parts_table({name: trainer for name, trainer in trainers.items() if not trainer.run.compile})
+    held, written, size = saving(trainer)
+    print(f"\nA save of last.pt, {size / 1e6:.0f} MB, holds training for {held * 1e3:.0f} ms; its file "
+          f"is whole after {written:.1f} s, of which the rest goes on beside the steps.")
 
 
 def parts_table(trainers):
@@ -334,6 +338,26 @@ def parts_table(trainers):
     batches = trainer.batches()
     decode = seconds({"": lambda: next(batches)}, runs=3, clock=time.process_time)[""]
     print(f"\nBeside the steps workers decode and crop: {decode * 1e3:.0f} ms of a core a batch.")
+
+
+def saving(trainer, saves=5):
+    """Medians of the seconds for which a save holds training and until its file is whole, in the
+    working directory's file system, with nothing else to do; and the file's bytes."""
+    held, written, trouble = [], [], []
+    with tempfile.TemporaryDirectory(dir=".") as out:
+        trainer.run.out = out
+        saver = Saver(trainer.run, 0, trouble)
+        for step in range(1, 1 + saves):
+            synchronize()
+            start = time.perf_counter()
+            saver.save(trainer.model, trainer.optimizer, {"step": step})
+            held.append(time.perf_counter() - start)
+            saver.wait()
+            written.append(time.perf_counter() - start)
+        if trouble:
+            raise SystemExit(trouble[0])
+        size = os.path.getsize(f"{out}/last.pt")
+    return statistics.median(held), statistics.median(written), size
 
 
 def product_rate(device, dtype, clock):

@@ -70,7 +70,8 @@ def test_candidates_run_in_turn():
     assert calls == list("ababab")
 
 
-def test_step_prints_a_row_per_variant(trainer, monkeypatch, capsys):
+def test_step_prints_a_row_per_variant(trainer, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "product_rate", lambda device, dtype, clock: 1e10)
     variants = ["--variants", "float32", "bf16"]
     bench.main(["step", "--archs", "tiny", "--runs", "1", *variants, *SMALL[2:]])
@@ -78,6 +79,8 @@ def test_step_prints_a_row_per_variant(trainer, monkeypatch, capsys):
     rows = dict(re.findall(r"^\| (float32|bf16) \| (.*) \|$", out, re.M))
     assert rows.keys() == {"float32", "bf16"} and rows["float32"].split(" | ")[2] == "1.00"
     assert set(bench.PARTS) <= set(re.findall(r"^\| ([^|]+) \| [-\d.]+ \| ", out, re.M))
+    assert re.search(r"^A save of last.pt, 1 MB, holds training for \d+ ms; .* after \d+.\d s", out, re.M)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import resource
 import shutil
 import signal
@@ -97,14 +98,23 @@ def assert_same_run(out, expected):
         assert same(final(out)[key], final(expected)[key]), key
 
 
+def free_ports(n):
+    """The first of n free ports in a row. They lie below those that the system gives out by itself,
+    where a connection of anybody could take one before the run that is to listen there."""
+    while True:
+        first = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + n):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
+
 def spawn(argvs, world=1, others=None, torchrun=False, **kwargs):
     """Start this file in `world` processes and return them, or the one torchrun that started them.
     others: the argument lists of the processes other than the first, where they differ."""
+    port = str(free_ports(len(argvs)))
     argvs, others = (json.dumps([[str(a) for a in argv] for argv in lists])
                      for lists in (argvs, others or argvs))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     # Sums are split among threads: as many as here, to compare to the bit
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if world == 1 else 1)}
     kwargs |= dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -123,7 +133,11 @@ def spawn(argvs, world=1, others=None, torchrun=False, **kwargs):
 
 def finish(processes, code=0):
     """Wait for processes to end with this code; returns what each wrote to its standard error."""
-    outputs = [p.communicate(timeout=240)[1] for p in processes]
+    try:
+        outputs = [p.communicate(timeout=240)[1] for p in processes]
+    finally:
+        for p in processes:  # one of them may wait for another that has failed
+            p.kill()
     assert all(p.returncode == code for p in processes), "\n".join(outputs)
     return outputs
 

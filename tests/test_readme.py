@@ -22,7 +22,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
 SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment",
-           "probe_mes", "predict", "docs.study", "docs.step", "bench")
+           "probe_mes", "predict", "docs.study", "docs.search", "docs.step", "bench")
 FOREIGN_FLAGS = {"--nproc-per-node", "--shutdown-timeout", "--help"}  # torchrun's, and everyone's
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 texts = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -91,7 +91,7 @@ def parsers(monkeypatch):
         found, rest = real(self, args, namespace)
         if any(action.nargs == argparse.REMAINDER for action in self._actions):
             return found, rest  # bench.py: its sub-command comes next
-        if self.prog in ("bench.py step", "python -m docs.study"):
+        if self.prog in ("bench.py step", "python -m docs.study", "python -m docs.search"):
             importlib.import_module("pretrain").parse(rest)  # it hands them on
         raise Parsed if not rest else SystemExit(f"unknown: {rest}")
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)

@@ -1,14 +1,17 @@
-"""docs/study.py from end to end, on a few frames of 64 pixels and a tiny architecture."""
+"""docs/study.py and docs/search.py from end to end, on a few frames of 64 pixels and a tiny
+architecture."""
 import re
 
 import pytest
 import torch
 
 import curate
+import data
 import pretrain
+import probe_segment
 import synthetic
 import vit
-from docs import study
+from docs import search, study
 
 TINY = ("--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --prototypes 16 "
         "--head-hidden 32 --workers 0 --device cpu")
@@ -54,3 +57,25 @@ def test_a_run_that_has_a_teacher_is_not_repeated_and_a_failed_one_ends_the_stud
 def test_scores_of_several_seeds_are_a_mean_and_a_deviation():
     assert study.cells([[0.25, 1.0]]) == ["0.250", "1.000"]
     assert study.cells([[0.2, 1.0], [0.4, 1.0]]) == ["0.300 ± 0.141", "1.000 ± 0.000"]
+
+
+def test_search_scores_settings_on_validation_frames_alone(tmp_path, monkeypatch, capsys,
+                                                           synthetic_set):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vit.ARCHS, "tiny", dict(dim=32, depth=2, heads=2))
+    monkeypatch.setattr(search, "pretrain_all", lambda runs, jobs: [*map(pretrain.main, runs)])
+    read, polyps = set(), data.open_labelled(synthetic_set, "polyps")
+    real = probe_segment.read_batch
+    monkeypatch.setattr(probe_segment, "read_batch",
+                        lambda paths, **how: read.update(paths) or real(paths, **how))
+    torch.manual_seed(0)
+    vit.save_backbone("w.pt", vit.build_vit("tiny", image_size=28), "tiny")
+    monkeypatch.setattr(search, "SETTINGS", {"base": "", "rate 1/50": "--backbone-lr 0.02"})
+    search.main(f"w.pt --arch tiny --data {synthetic_set}/unlabelled --polyps {synthetic_set} "
+                f"--grades {synthetic_set} {TINY}".split())
+    rows = re.findall(r"^\| ([^|]+) \|( [-0-9.]+ \|){4}$", capsys.readouterr().out, re.M)
+    assert [name for name, _ in rows] == ["as released", "base", "rate 1/50"]
+    test = {polyps.paths[i] for i in polyps.splits[0].test}
+    assert len(read) == len(polyps.paths) - len(test) and not read & test
+    args = torch.load("runs/search/rate-1-of-50/teacher_2.pt", weights_only=True)["args"]
+    assert args["backbone_lr"] == 0.02 and args["init"] == "w.pt"

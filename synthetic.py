@@ -3,7 +3,7 @@ without a download.
 
     python synthetic.py data/synthetic                     the default set (made on first use)
     python synthetic.py OUT --videos 40 --frames-per-video 50 --seed 0
-    python synthetic.py OUT --sheet docs/synthetic.png     a contact sheet of the classes
+    python synthetic.py OUT --sheet sheet.png              a contact sheet of the classes
     python synthetic.py OUT --artefacts                    with what spoils real video
 
 A scene is a signed distance to the mucosa of a bent tube along z (folds, blind end, orifice),

@@ -362,5 +362,7 @@ def test_it_says_that_it_is_no_medical_device(small, tmp_path, capsys):
         predict.main(["--help"])
     assert predict.NOTE in capsys.readouterr().out
     run(small, tmp_path)
-    assert predict.NOTE in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert predict.NOTE in said and "2 timeline_<video>.png, 12 annotated frames" in said
+    assert f"next: python vit.py {small / 'A.pt'} {small / 'frames/video0/00.png'} --show" in said
     assert json.loads((tmp_path / "summary.json").read_text())["note"] == predict.NOTE

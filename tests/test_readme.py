@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from test_predict import fake_ffmpeg  # noqa: F401
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README, COURSE, DEMO = (ROOT / name for name in ("README.md", "docs/course.md", "demo.sh"))
 SCRIPTS = ("synthetic", "data", "vit", "curate", "pretrain", "probe_classify", "probe_segment",
@@ -42,6 +44,15 @@ def test_set_up_commands_are_those_of_ci():
     set_up = ("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
               ".venv/bin/python ")
     assert commands == [set_up + "pretrain.py --arch vitt14 --recipe demo", set_up + "-m pytest"]
+
+
+def test_the_first_screen_starts():
+    """Both commands, how large, how long and what they end with."""
+    first = README.read_text().splitlines()[:35]
+    assert sum("-m venv" in line for line in first) == 2 and "```text" in first
+    assert any(line.startswith("done: runs/vitt14-demo/teacher_200.pt") for line in first)
+    assert re.search(r"\d GB to download", " ".join(first)) and re.search("minutes", " ".join(first))
+    assert len(README.read_text().splitlines()) <= 220
 
 
 def defined(path):
@@ -137,7 +148,7 @@ SMALL = {  # added to a command: as few frames, pixels and steps as it takes
 
 
 @pytest.fixture
-def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
+def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws, fake_ffmpeg):  # noqa: F811
     """A folder with all that the README's commands name, from synthetic frames of 64 pixels; it is the
     working directory, on one thread."""
     monkeypatch.chdir(tmp_path)
@@ -150,6 +161,8 @@ def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws):
         frames = sorted((tmp_path / "data/synthetic/unlabelled" / video).iterdir())
         for i, frame in enumerate(frames):
             shutil.copy(frame, tmp_path / "frames" / name / f"{i + 1:06d}.jpg")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_bytes(b"a film")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path
@@ -169,6 +182,7 @@ def test_commands_run(laid_out, capsys, request):
             continue
         argv = [re.sub(r"teacher_\d+", "teacher_2", word) for word in argv]
         argv = [word.replace("vitb14", "vitt14") for word in argv]
+        argv = [re.sub("^dinov2_vitt14$", "dinov2_vitt14.pth", word) for word in argv]  # fetch nothing
         if "--curve" in argv or "--histogram" in argv:
             flags = "--device cpu"
         for word in argv:
@@ -180,12 +194,12 @@ def test_commands_run(laid_out, capsys, request):
     probed = [out for name, out in ran if name.startswith("probe") and "checkpoint | step" not in out]
     assert all(re.search(r"^\| random initialisation .*\d\.\d{3}", out, re.M) for out in probed)
     runs = "kvasir", "synthetic", "vitt14-adapt", "vitt14-scratch"
-    made = ["curated/manifest.csv", "tokens.png", "runs/kvasir/*.png"]
+    made = ["curated/manifest.csv", "tokens.png", "annotated.mp4", "runs/kvasir/*.png"]
     assert all(list(laid_out.glob(name)) for name in made + [f"runs/{r}/teacher_2.pt" for r in runs])
     request.getfixturevalue("parsers")  # from here on a script reads its flags and no more
     closing = {name: found for name, out in ran
                if (found := re.findall(r"^(?:next:|     ) ((?:torchrun|python) .*)$", out, re.M))}
-    assert {"curate", "pretrain", "predict", "probe_classify", "probe_mes", "probe_segment"} <= closing.keys()
+    assert {"curate", "pretrain", "probe_classify", "probe_mes", "probe_segment"} <= closing.keys()
     for name, argv in commands("```bash\n" + "\n".join(sum(closing.values(), [])) + "\n```"):
         assert os.path.exists(argv[0]) or name == "pretrain"
         main(name, argv)

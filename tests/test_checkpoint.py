@@ -58,7 +58,8 @@ def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, wor
     """To the bit, in either number type, and at once, though workers of the killed one may live
     for up to ten seconds."""
     unbroken, more = unbroken(precision), ["--precision", precision]
-    (process,) = spawn([flags(frames, tmp_path, *more, steps=30, workers=workers)], start_new_session=True)
+    argv = flags(frames, tmp_path, *more, steps=30, workers=workers)
+    (process,) = spawn([argv], start_new_session=True)
     wait_for(lambda: logged(tmp_path) >= 4 + workers, [process])
     process.kill()
     process.wait()
@@ -157,9 +158,11 @@ def signals(*names, later=0):
 
 
 def test_a_second_request_ends_at_once_if_it_is_one():
-    assert signals("SIGTERM", "SIGTERM") == signals("SIGINT", "SIGTERM") == signals("SIGTERM", "SIGINT") == 0
+    for pair in ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT"):
+        assert signals(*pair) == 0
     assert signals("SIGINT", "SIGINT") == -signal.SIGINT
-    assert signals("SIGTERM", "SIGTERM", later=6) == signals("SIGINT", "SIGTERM", later=6) == -signal.SIGTERM
+    for first in "SIGTERM", "SIGINT":
+        assert signals(first, "SIGTERM", later=6) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -337,7 +340,8 @@ def test_failed_save_keeps_the_previous_checkpoint(frames, tmp_path, monkeypatch
 
 
 def test_training_goes_on_while_the_file_is_written(frames, unbroken, tmp_path, monkeypatch):
-    """What is written is the state at the time of the save, and the last save waits for the one in flight."""
+    """What is written is the state at the time of the save; the last save waits for the one in
+    flight."""
     unbroken = unbroken("fp32")
     train_step, save, steps, later = pretrain.train_step, vit.atomic_save, [], threading.Event()
 
@@ -369,7 +373,8 @@ def test_when_to_save(tmp_path, monkeypatch):
     def times(every, seconds):
         """Steps after which a run saves whose steps take so long."""
         clock[0], found = 0, []
-        saver = checkpoint.Saver(argparse.Namespace(out=tmp_path, save_every=pretrain.interval(every)), 3, [])
+        args = argparse.Namespace(out=tmp_path, save_every=pretrain.interval(every))
+        saver = checkpoint.Saver(args, 3, [])
         for step in range(3, 30):
             if saver.due(step):
                 saver.saved, saver.clock = step, clock[0]
@@ -386,7 +391,8 @@ def test_when_to_save(tmp_path, monkeypatch):
 
 
 def test_at_most_fifty_exports_by_default():
-    for steps, every in ((200, 5000), (125_000, 5000), (250_000, 5000), (250_001, 5001), (625_000, 12_500)):
+    expected = {200: 5000, 125_000: 5000, 250_000: 5000, 250_001: 5001, 625_000: 12_500}
+    for steps, every in expected.items():
         assert pretrain.parse(["--steps", str(steps)]).export_every == every
 
 
@@ -646,7 +652,7 @@ def test_damaged_checkpoint_is_named(frames, tmp_path):
 
 
 def test_float16_resumes_to_the_bit_with_its_scale(frames, tmp_path, monkeypatch):
-    """The first steps overflow, then the scale grows every two steps; a run of 8 steps stops after 5."""
+    """The first steps overflow, then the scale grows every two; a run of 8 steps stops after 5."""
     scaled(monkeypatch, 2.0 ** 14, growth_interval=2)
     monkeypatch.setattr(vit, "atomic_save", keep_every(vit.atomic_save))
     more = ["--precision", "fp16", "--save-every", 5]

@@ -108,7 +108,7 @@ def test_killed_and_resumed_equals_never_stopped(frames, tmp_path, monkeypatch):
 
 
 def test_two_processes_read_late_alike(frames, tmp_path):
-    """One of them has the bad pixel, or is asked to stop."""
+    """One of them has the bad pixel, or is asked to stop; and what was stopped goes on."""
     cases = {"bad": ["poison=1:2", "poison=0:5"], "ends": ["poison=1:5"], "stopped": ["stop=1:6"]}
     argvs = []
     for name, words in cases.items():
@@ -116,7 +116,11 @@ def test_two_processes_read_late_alike(frames, tmp_path):
         for how in "", "late=":
             argv = flags(frames, tmp_path / f"{name}{how}", *EVERY, *more, steps=12)
             argvs.append([*words, *filter(None, [how]), *argv])
+    go_on = ["--resume", tmp_path / "stoppedlate=" / "last_7.pt"]
+    argvs += [flags(frames, tmp_path / "whole", *EVERY, steps=12),
+              ["late=", *flags(frames, tmp_path / "resumed", *EVERY, *go_on, steps=12)]]
     finish(spawn(argvs, world=2), code=1)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
     for name in cases:
         assert_same_folders(tmp_path / name, tmp_path / f"{name}late=")
     assert [final(tmp_path / name)["step"] for name in cases] == [12, 5, 7]

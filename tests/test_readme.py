@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+import vit
+
 from test_predict import fake_ffmpeg  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -156,6 +158,7 @@ def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws, fake_ffmpeg):  # n
     (tmp_path / "data/synthetic").symlink_to(synthetic_set)
     for name in ("Kvasir-SEG", "hyper-kvasir", "LIMUC"):
         (tmp_path / "data" / name).symlink_to(tmp_path / "data/synthetic" / name)
+    (tmp_path / "data/CVC-ClinicDB").symlink_to(tmp_path / "data/synthetic/scope2/Kvasir-SEG")
     for name, video in (("a", "video0000"), ("b", "video0001")):
         (tmp_path / "frames" / name).mkdir(parents=True)
         frames = sorted((tmp_path / "data/synthetic/unlabelled" / video).iterdir())
@@ -181,13 +184,13 @@ def test_commands_run(laid_out, capsys, request):
             assert name == "bench", name
             continue
         argv = [re.sub(r"teacher_\d+", "teacher_2", word) for word in argv]
-        argv = [word.replace("vitb14", "vitt14") for word in argv]
+        argv = [re.sub("^vits14$", "vitt14", word.replace("vitb14", "vitt14")) for word in argv]
         argv = [re.sub("^dinov2_vitt14$", "dinov2_vitt14.pth", word) for word in argv]  # fetch nothing
         if "--curve" in argv or "--histogram" in argv:
             flags = "--device cpu"
         for word in argv:
             if re.match(r"dinov2_\w+\.pth$", word) and not pathlib.Path(word).exists():
-                importlib.import_module("vit").main(["runs/kvasir/teacher_2.pt", "--export", word])
+                vit.export_backbone(word, vit.build_vit("vitt14", image_size=28))
         importlib.import_module(name).main(argv + flags.split())
         ran.append((name, capsys.readouterr().out))
     assert {name for name, _ in ran} == {key.split()[0] for key in SMALL}

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -46,6 +47,17 @@ def test_set_up_commands_are_those_of_ci():
     set_up = ("python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
               ".venv/bin/python ")
     assert commands == [set_up + "pretrain.py --arch vitt14 --recipe demo", set_up + "-m pytest"]
+
+
+def test_the_healthy_log_is_the_one_beside_it():
+    rows = (ROOT / "docs/logs/demo.jsonl").read_text().splitlines()
+    rows = {row["step"]: row for row in map(json.loads, rows)}
+    names, *cells = [line.strip("| ").split(" | ") for line in
+                     (ROOT / "docs/help.md").read_text().splitlines() if re.match(r"\| (step|\d+) \|", line)]
+    assert len(cells) == 7 and names[0] == "step"
+    for line in cells:
+        row = rows[int(line[0])]
+        assert [float(cell) for cell in line] == [round(float(row[name]), 2) for name in names]
 
 
 def test_the_first_screen_starts():

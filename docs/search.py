@@ -1,12 +1,13 @@
-"""Which settings adapt released weights best? Short runs from them, one change at a time, scored on
-validation frames alone.
+"""Which settings adapt released weights best? Short runs from them, one change at a time, scored
+on validation frames alone.
 
     python -m docs.search WEIGHTS --data FRAMES --polyps Kvasir-SEG --grades hyper-kvasir
     python -m docs.search WEIGHTS ... --settings base thawed --jobs 2
 
-Test frames are never read: Dice is that of a linear head fitted on one half of Kvasir-SEG's training
-frames and scored on the other, both ways round; kappa that of the official folds' validation frames,
-for heads of fixed strength. The same command goes on where it stopped. From the repository's root.
+Test frames are never read: Dice is that of a linear head fitted on one half of Kvasir-SEG's
+training frames and scored on the other, both ways round; kappa that of the official folds'
+validation frames, for heads of fixed strength. The same command goes on where it stopped. From the
+repository's root.
 """
 import argparse
 import pathlib
@@ -56,12 +57,12 @@ def main(argv=None):
     runs = {}
     for name in args.settings:
         folder = pathlib.Path(args.out) / name.replace(" ", "-").replace("/", "-of-")
-        runs[name] = [*BASE.split(), "--arch", args.arch, "--init", args.weights, "--data", args.data,
-                      *SETTINGS[name].split(), *flags, "--out", str(folder)]
+        start = ["--arch", args.arch, "--init", args.weights, "--data", args.data]
+        runs[name] = [*BASE.split(), *start, *SETTINGS[name].split(), *flags, "--out", str(folder)]
     pretrain_all(runs.values(), args.jobs)
-    files = {name: next(pathlib.Path(flags[-1]).glob("teacher_*.pt")) for name, flags in runs.items()}
     models = {"as released": vit.load_backbone(args.weights)}
-    models |= {name: vit.load_backbone(file) for name, file in files.items()}
+    for name, flags in runs.items():
+        models[name] = vit.load_backbone(next(pathlib.Path(flags[-1]).glob("teacher_*.pt")))
     rows = [[name, *(f"{score:.3f}" for score in validation_scores(args, model.eval()))]
             for name, model in models.items()]
     table("Adapting, scored on validation frames",
@@ -98,7 +99,8 @@ def grade_kappas(args, model, device):
     features = frozen_features(model, grades.paths, device, 224, dtype=vit.precision(device))
     y, n = torch.from_numpy(grades.labels), len(grades.classes)
     fixed = probe_classify.FEW_SHOT | {"power": 1}
-    heads = ((probe_mes.softmax_head, fixed), (probe_mes.ordinal_head, fixed), (probe_mes.knn_head, {}))
+    heads = ((probe_mes.softmax_head, fixed), (probe_mes.ordinal_head, fixed),
+             (probe_mes.knn_head, {}))
     for split in grades.splits:
         said = [head(features, y, split.train, n, **setting)(features, split.val)[1]
                 for head, setting in heads]

@@ -1,7 +1,9 @@
 """What every test shares: where the official numbers lie, how weights and inputs are made from their
-names, one small set of synthetic frames."""
+names, one small set of synthetic frames, and what works in processes of its own beside the tests."""
+import importlib.util
 import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +16,54 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))  # fill.py lies beside the numbers that were made with it
 from fill import array, fill_value  # noqa: E402
+
+
+# Half a minute each on a core that is idle otherwise: they start with the first test, and the tests
+# that look at them come last. {(file, test): what Python is to run}
+AGAIN = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+CHILDREN = {
+    ("test_attention.py", "test_again_with_kernels_interpreted"): [*AGAIN, "tests/test_attention.py"],
+    ("test_prototype_loss.py", "test_again_with_kernels_interpreted"): [
+        *AGAIN, "tests/test_prototype_loss.py"],
+    ("test_attention.py", "test_compiled_for"): [
+        "tests/attention_aot.py", "90:bfloat16:257,50,1370", "80:bfloat16:257,50"]}
+
+
+def child_of(item):
+    key = item.path.name, getattr(item, "originalname", None)
+    return key if key in CHILDREN else None
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: child_of(item) is not None)  # the others keep their order
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children(request, tmp_path_factory):
+    """{key of CHILDREN: (process, file of its output)} of the tests that were asked for."""
+    asked = dict.fromkeys(filter(None, map(child_of, request.session.items)))
+    if os.environ.get("TRITON_INTERPRET") == "1" or not importlib.util.find_spec("triton"):
+        asked = {}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    started, folder = {}, tmp_path_factory.mktemp("children")
+    for i, key in enumerate(asked):
+        more = {"TRITON_INTERPRET": "1"} if "interpreted" in key[1] else {}
+        with open(folder / f"{i}.txt", "w") as output:
+            process = subprocess.Popen([sys.executable, *CHILDREN[key]], env=environment | more,
+                                       cwd=pathlib.Path(__file__).parents[1], stdout=output,
+                                       stderr=subprocess.STDOUT)
+        started[key] = process, folder / f"{i}.txt"
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def child(request, children):
+    """(return code, output) of the process that this test looks at."""
+    process, output = children[child_of(request.node)]
+    return process.wait(), output.read_text()
 
 
 @pytest.fixture(scope="session")

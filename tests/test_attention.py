@@ -10,9 +10,7 @@ GPUs that need not be there.
 import importlib.util
 import json
 import os
-import pathlib
 import re
-import subprocess
 import sys
 import types
 
@@ -625,44 +623,13 @@ def test_how_far_products_win():
 # --- child processes: the interpreter, and the compiler for GPUs that are not here ------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def child(request):
-    """Those of the two that are asked for, at work beside the tests above: child(test name) ->
-    (return code, output)."""
-    tests, aot = pathlib.Path(__file__), pathlib.Path(__file__).with_name("attention_aot.py")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
-    pytest_here = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
-    commands = {
-        "test_again_with_kernels_interpreted": (pytest_here, {"TRITON_INTERPRET": "1"}),
-        "test_compiled_for": ([aot, "90:bfloat16:257,50,1370", "80:bfloat16:257,50"], {}),
-    }
-    asked = {item.originalname for item in request.session.items} & set(commands)
-    started, outputs = {}, {}
-    for test in asked if HAS_TRITON and not INTERPRETED else ():
-        command, more = commands[test]
-        started[test] = subprocess.Popen([sys.executable, *command], env=environment | more, text=True,
-                                         cwd=tests.parents[1], stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT)
-
-    def wait(test):
-        if test not in outputs:
-            outputs[test] = started[test].communicate()[0]
-        return started[test].returncode, outputs[test]
-
-    yield wait
-    for test, process in started.items():
-        process.kill()
-        wait(test)
-
-
 @here_only
 @needs_triton
 @pytest.mark.parametrize("arch", [90, 80])
 def test_compiled_for(child, arch):
     """No spills, no atomics, shared memory within the limit, and the products on tensor
     cores."""
-    code, output = child("test_compiled_for")
+    code, output = child
     assert code == 0, output
     kernels = [row for row in map(json.loads, output.splitlines()) if row["arch"] == arch]
     names = [(row["kernel"], row["length"]) for row in kernels]
@@ -681,5 +648,5 @@ def test_again_with_kernels_interpreted(child):
     from custom_kernels import interpreter_defect
     if interpreter_defect():
         pytest.skip(interpreter_defect())
-    code, output = child("test_again_with_kernels_interpreted")
+    code, output = child
     assert code == 0 and "passed" in output, output[-5000:]

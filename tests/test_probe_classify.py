@@ -359,7 +359,13 @@ def test_command_prints_the_same_rows_twice(quick, monkeypatch, capsys):
     assert pc.main(["b.pt", "--device", "cpu", "--out", "again.json"]) == rows
 
 
-def test_size_is_what_the_backbone_sees(quick, monkeypatch):
+@pytest.fixture
+def two_draws(monkeypatch):
+    """Two of few labels, for tests that do not count them."""
+    monkeypatch.setattr(results, "DRAWS", 2)
+
+
+def test_size_is_what_the_backbone_sees(quick, two_draws, monkeypatch):
     seen, embed = set(), vit.VisionTransformer.embed
     monkeypatch.setattr(vit.VisionTransformer, "embed",
                         lambda self, x, *a: seen.add(tuple(x.shape[2:])) or embed(self, x, *a))
@@ -375,7 +381,7 @@ def test_size_is_what_the_backbone_sees(quick, monkeypatch):
 TINY = ["--device", "cpu", "--size", "28"]
 
 
-def test_against_the_weights_that_a_run_started_from(quick, tmp_path):
+def test_against_the_weights_that_a_run_started_from(quick, two_draws, tmp_path):
     files = [tmp_path / "from.pt", tmp_path / "after.pt"]
     vit.save_backbone(files[0], tiny_vit(seed=5), None)
     vit.save_backbone(files[1], tiny_vit(seed=8), None, args={"init": str(tmp_path / "x/../from.pt")})
@@ -411,7 +417,7 @@ def test_several_other_sets_each_under_its_folders_name(quick, tmp_path):
     assert re.match("scope2: HyperKvasir .*; lisbon: ", rows[0]["also tested on"])
 
 
-def test_every_row_says_its_setting(quick, capsys):
+def test_every_row_says_its_setting(quick, two_draws, capsys):
     rows = pc.main(["b.pt", "--device", "cpu", "--size", "28"])
     setting = {(r["table"], r["head"]): r["setting"]
                for r in rows if "setting" in r and r["backbone"] == "b.pt"}
@@ -433,7 +439,7 @@ def test_a_fold_where_a_metric_is_undefined():
     assert np.isnan(nowhere["AUC"]) and "| n/a ± n/a |" in results.markdown_table([nowhere])
 
 
-def test_shots_write_a_head_from_a_few_frames(quick, tmp_path):
+def test_shots_write_a_head_from_a_few_frames(quick, two_draws, tmp_path):
     def few(rows):
         return [(r["labelled per class"], r["accuracy"]) for r in rows
                 if r["table"] == "few-shot" and r["backbone"] == "b.pt"]

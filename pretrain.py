@@ -680,7 +680,7 @@ def closing_words(out, args, log, frame):
     went = f"; total loss {log.losses[0]:.3f} -> {log.losses[-1]:.3f}" if log.losses else ""
     unwell = f"; {len(log.warned)} warnings above" if log.warned else ""
     return (f"done: {teacher} is the backbone, {out / 'log.jsonl'} its history{went}{unwell}\n"
-            f"next: python probe_segment.py {teacher}   # what it is worth, and a head to use\n"
+            f"next: python probe_segment.py {teacher} --heads linear   # what it is worth, and a head\n"
             f"      python vit.py {teacher} {frame} --show {out / 'tokens.png'}   # what it sees")
 
 

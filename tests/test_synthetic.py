@@ -19,12 +19,12 @@ import figures
 import synthetic
 
 ROOT = Path(synthetic.__file__).parent
-TINY = dict(videos=2, frames=4, scale=.05, size=32)
+TINY = dict(videos=2, frames=6, scale=.05, size=64)  # as conftest.py makes it
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return synthetic.ensure(tmp_path_factory.mktemp("synthetic") / "set", **TINY, workers=0)
+@pytest.fixture
+def tiny(synthetic_set):
+    return synthetic_set
 
 
 def stills(kind, patient, place, n=2, size=64):
@@ -376,7 +376,7 @@ def test_ensure_leaves_a_made_set_and_foreign_files_alone(tiny, tmp_path, monkey
 
 
 def test_the_command_ends_with_what_there_is_and_what_comes_next(tiny, tmp_path, capsys):
-    few = ["--videos", "2", "--frames-per-video", "4", "--scale", ".05", "--size", "32"]
+    few = ["--videos", "2", "--frames-per-video", "6", "--scale", ".05", "--size", "64"]
     synthetic.main([str(tiny), *few, "--sheet", str(tmp_path / "sheet.png")])
     frames = [f for f in tiny.rglob("*.*") if f.suffix in (".jpg", ".bmp") and "masks" not in f.parts]
     words = capsys.readouterr().out

@@ -420,26 +420,35 @@ def padded(values):
     return low - room, high + room
 
 
-def draw_curve(losses, online, exported, path, title):
-    """Figure 1 as two panels over one step axis. Each argument: a list of (step, value)."""
-    image, draw = canvas(820, 620)
-    steps = 0, 1.02 * max(max(step for step, _ in losses + online + exported), 1)
+def draw_curve(losses, online, exported, path, title, dice=()):
+    """Figure 1 as panels over one step axis: loss, kappa, and Dice where there is any. Each of
+    losses, online, exported, dice: a list of (step, value)."""
+    image, draw = canvas(820, 890 if dice else 620)
+    everything = [*losses, *online, *exported, *dice]
+    steps = 0, 1.02 * max(max(step for step, _ in everything), 1)
     text(draw, (410, 22), title, size=18)
-    low_high = padded([v for _, v in losses])
-    place = axes(draw, (80, 80, 790, 290), steps, low_high, "total pre-training loss")
+    place = axes(draw, (80, 80, 790, 290), steps, padded([v for _, v in losses]),
+                 "total pre-training loss")
     line(draw, [place(*p) for p in losses], BLUE, 2)
-    low_high = padded([v for _, v in online + exported])
-    label = "quadratic weighted kappa, validation groups"
-    place = axes(draw, (80, 350, 790, 560), steps, low_high, label)
-    series = (online, BLUE, "online probe", 520), (exported, ORANGE, "exported teachers", 645)
+    panel(draw, 350, steps, "quadratic weighted kappa, validation groups",
+          [(online, BLUE, "online probe", 520), (exported, ORANGE, "exported teachers", 645)])
+    if dice:
+        panel(draw, 620, steps, "Dice of a linear head, validation frames",
+              [(dice, ORANGE, "exported teachers", 645)])
+    text(draw, (435, 872 if dice else 602), "step", size=16)
+    save_figure(image, path)
+
+
+def panel(draw, top, steps, label, series):
+    """Points and lines; series: (points, ink, name, where its name stands)."""
+    values = [v for points, *_ in series for _, v in points]
+    place = axes(draw, (80, top, 790, top + 210), steps, padded(values), label)
     for points, ink, name, x in series:
         if points:
             line(draw, [place(*p) for p in points], ink, 2)
-            for px, py in [place(*p) for p in points] + [(x - 8, 332)]:
+            for px, py in [place(*p) for p in points] + [(x - 8, top - 18)]:
                 draw.ellipse([SCALE * v for v in (px - 4, py - 4, px + 4, py + 4)], fill=ink)
-            text(draw, (x, 332), name, anchor="lm", ink=ink)
-    text(draw, (435, 602), "step", size=16)
-    save_figure(image, path)
+            text(draw, (x, top - 18), name, anchor="lm", ink=ink)
 
 
 def draw_bars(names, counts, path, title):

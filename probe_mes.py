@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import figures
 import vit
 from frozen import backbones, extract, one_sentence
@@ -170,10 +171,11 @@ def online_score(model, labelled, device, size=224, dtype=None):
 # The two figures
 
 
-def curve(run, labelled, device, size, out):
-    """Figure 1 of a run folder: the loss and online probe of log.jsonl, and its
-    teacher_<step>.pt scored here."""
-    run = pathlib.Path(run)
+def curve(args, labelled):
+    """Figure 1 of the run folder --curve: the loss and online probe of log.jsonl, and its
+    teacher_<step>.pt scored here, with --polyps also by the Dice of a linear head."""
+    run = pathlib.Path(args.curve)
+    masked = args.polyps and data.open_labelled(args.polyps, "polyps")
     if not (run / "log.jsonl").exists():
         raise SystemExit(f"--curve {run}: expected a run folder of pretrain.py with a log.jsonl, "
                          "found none")
@@ -185,8 +187,10 @@ def curve(run, labelled, device, size, out):
     rows = []
     for path in exported(run):
         with one_sentence():
-            model = vit.load_backbone(path, device)
-            score = online_score(model, labelled, device, size)
+            model = vit.load_backbone(path, args.device).requires_grad_(False)
+            score = online_score(model, labelled, args.device, args.size)
+            if masked:
+                score["dice"] = polyp_dice(args, model.eval(), masked)
         rows.append({"checkpoint": str(path), "step": model.info["step"]} | score)
     if not losses or not (online or rows):
         raise SystemExit(f"--curve {run}: {len(losses)} logged losses, {len(online)} online probes "
@@ -194,11 +198,19 @@ def curve(run, labelled, device, size, out):
                          "the other two (pretrain.py --probe-every, --export-every)")
     print(f"{labelled.name}: validation groups of split 0, paper value not available\n\n"
           f"{markdown_table(rows)}")
-    scored, title = [(r["step"], r["kappa"]) for r in rows], f"{run.name}: {labelled.name}"
-    path = out or run / "curve.png"
-    figures.draw_curve(losses, online, scored, path, title)
+    kappas, dice = ([(r["step"], r[name]) for r in rows if name in r] for name in ("kappa", "dice"))
+    path = args.out or run / "curve.png"
+    title = f"{run.name}: {labelled.name}" + (f", {masked.name}" if masked else "")
+    figures.draw_curve(losses, online, kappas, path, title, dice)
     print(f"wrote {path}")
     return rows
+
+
+def polyp_dice(args, model, masked):
+    import probe_segment  # lazily: this table needs its heads, no other does
+    flags = ["--size", args.size, "--device", args.device, "--precision", args.precision,
+             "--features", args.features]
+    return probe_segment.online_dice(probe_segment.parse(map(str, flags)), model, masked)
 
 
 def exported(run):
@@ -232,13 +244,15 @@ def main(argv=None):
     parser.add_argument("--view", choices=("crop", "stretch"), default="crop", help=VIEW)
     parser.add_argument("--curve", metavar="RUN",
                         help="draw Figure 1 of this run folder instead, as a PNG in it (or --out)")
+    parser.add_argument("--polyps", metavar="ROOT", help="for --curve: frames with masks, whose "
+                        "validation frames add the Dice of a linear head")
     parser.add_argument("--histogram", action="store_true",
                         help="draw Figure 2 instead, as a PNG under runs/ (or --out)")
     args = parser.parse_args(argv)
     prepare(args, "mes")
     labelled, sets = open_sets(args, "mes")
     if args.curve:
-        return curve(args.curve, labelled, args.device, args.size, args.out)
+        return curve(args, labelled)
     if args.histogram:
         return histogram(labelled, args.out)
     task = Task("mes", HEADS, ("softmax", linear_head, FEW_SHOT), mes_metrics(labelled.classes),

@@ -353,6 +353,18 @@ def save_polyp_head(args, backbone, model, kind, head, setting, row):
                   metrics={"validation": {"Dice": setting.get("validation Dice")}, "test": test})
 
 
+def online_dice(args, model, labelled, frames=200):
+    """A quick score that reads no test frame: mean Dice on the validation frames of split 0, of a
+    linear head of fixed rate fitted on so many of its training frames, the same for every model."""
+    split, size = labelled.splits[0], args.sizes["linear"]
+    drawn = np.random.default_rng(args.seed).permutation(split.train)[:frames]
+    train, val = (tokens_of(args, model, "linear", labelled, rows, mirror=False)
+                  for rows in (drawn, split.val))
+    masks = masks_of(labelled, drawn, size)
+    head = trained_head(args, model, "linear", train, masks, FEW_SHOT["lr"], args.seed)
+    return validate(head, val, masks_of(labelled, split.val), precision_of(args))
+
+
 def few_shot(args, labelled, backbone, model):
     """A row per number of --shots: mean Dice and its standard deviation over DRAWS draws of so
     many training frames, the linear head at a fixed rate. Larger draws contain the smaller ones,

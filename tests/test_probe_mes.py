@@ -15,6 +15,7 @@ import frozen
 import figures
 import probe_classify as pc
 import probe_mes as mes
+import probe_segment
 import results
 import vit
 from test_probe_classify import METRICS, frame, hyper_kvasir, planted_features, problem, tiny_vit
@@ -255,6 +256,20 @@ def coloured(path, colour):
     rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
     y, x = np.nonzero(np.abs(pixels - rgb).sum(2) < 40)
     return np.stack([x, y], 1)
+
+
+def test_curve_with_polyps_has_a_third_panel_and_reads_no_test_frame(quick, monkeypatch,
+                                                                          synthetic_set):
+    masked, read = data.open_labelled(synthetic_set, "polyps"), set()
+    real = probe_segment.read_batch
+    monkeypatch.setattr(probe_segment, "read_batch",
+                        lambda paths, **how: read.update(paths) or real(paths, **how))
+    rows = mes.main(["--curve", "runs/demo", "--polyps", str(synthetic_set), "--size",
+                     "28", "--device", "cpu"])
+    assert all(0 <= r["dice"] <= 1 for r in rows) and rows[0]["dice"] != rows[1]["dice"]
+    assert not read & {masked.paths[i] for i in masked.splits[0].test}
+    with Image.open(quick / "runs/demo/curve.png") as image:
+        assert image.size == (820, 890)
 
 
 def test_curve_draws_the_log_and_scores_the_teachers(quick):

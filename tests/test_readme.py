@@ -93,6 +93,9 @@ def test_files_exist(path):
     prose = re.sub("```.*?```", "", text, flags=re.S)  # in code head["a"](x) is no link
     linked = re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)", prose)
     assert not [target for target in linked if not (path.parent / target).exists()]
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", prose):
+        headings = re.findall("^#+ (.*)$", (path.parent / (target or path.name)).read_text(), re.M)
+        assert heading in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], heading
     coded = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|txt|png))`", text)
     assert coded or path != README
     assert not [name for name in coded if not (ROOT / name).exists()]

@@ -344,6 +344,42 @@ if words[0] == "curate.py":
 """
 
 
+def test_adapt_hands_its_arguments_on(tmp_path, parsers):
+    """Its commands by the same stand-in for Python, and its manifest by Python itself: all flags exist,
+    the training images of Kvasir-SEG are trained on, those of val.txt are looked at."""
+    folder = tmp_path / "a folder with spaces"
+    for name in ("videos/a", "Kvasir-SEG/images"):
+        (folder / name).mkdir(parents=True)
+    (folder / "videos/a/000001.jpg").touch()
+    for name, stems in (("train", "t1 t2"), ("val", "v1 v2 v3 v4 v5")):
+        (folder / f"Kvasir-SEG/{name}.txt").write_text("\n".join(stems.split()) + "\n")
+    (folder / "stub.py").write_text(STUB)
+    (folder / "stop.txt").write_text("nothing")
+    python = folder / "python"
+    real = shlex.quote(sys.executable)
+    python.write_text(f'#!/bin/sh\nif [ "$1" = - ]; then exec {real} "$@"; fi\n'
+                      f'exec {real} stub.py "$(basename "$1")" "${{@:2}}"\n'.replace("/bin/sh", "/bin/bash"))
+    python.chmod(0o755)
+
+    def adapt(*words):
+        env = dict(os.environ, PYTHON=str(python), ADAPT_FLAGS="--steps 7")
+        return subprocess.run(["bash", str(ROOT / "adapt.sh"), *words], env=env, cwd=folder, text=True,
+                              capture_output=True)
+    assert adapt("w.pth").returncode == 2 and "KVASIR_SEG" in adapt("w.pth").stderr
+    done = adapt("w.pth", "videos", "Kvasir-SEG", "other", "grades")
+    assert done.returncode == 0, done.stderr
+    rows = (folder / "runs/adapted/frames.csv").read_text().splitlines()
+    assert [row.rsplit("/", 1)[1] for row in rows[1:]] == [
+        "000001.jpg,a", "t1.jpg,Kvasir-SEG t1", "t2.jpg,Kvasir-SEG t2"]
+    calls = [line.split("\t") for line in (folder / "calls.txt").read_text().splitlines()]
+    assert [call[0] for call in calls] == ["pretrain.py", "probe_segment.py", "probe_mes.py", "vit.py"]
+    for script, *argv in calls:
+        main(script.removesuffix(".py"), argv)
+    assert "Kvasir-SEG/images/v4.jpg" in calls[3] and "Kvasir-SEG/images/v5.jpg" not in calls[3]
+    (folder / "empty").mkdir()
+    assert "empty: no images found there" in adapt("w.pth", "empty", "Kvasir-SEG").stderr
+
+
 def test_demo_goes_on_where_it_was_stopped(tmp_path, parsers):
     """Its commands by a stand-in for Python that notes them: stopped in each stage once, no stage is done
     twice, and all flags exist."""

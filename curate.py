@@ -6,12 +6,13 @@
     torchrun --nproc-per-node 4 curate.py --data FRAMES     every stage split over processes
     python pretrain.py --data curated/manifest.csv          what it is for
 
-Bad frames go first, then near-duplicates within a video and of a benchmark's test frames. What
-is left is clustered by hierarchical k-means and sampled in equal shares from the top of the
-hierarchy down (clusters.py; Vo et al. 2024, arXiv 2405.15613). k-means follows density,
-k-means of its centres less so: a finding that is rare, and that the embedding tells from the
-others, gets several times the share that it has of the frames. How even it comes out depends
-on the embedding.
+What is looked at is the field of view, which is found for each video, not the black frame with
+text that a recorder puts around it. Bad frames go first, then near-duplicates within a video and
+of a benchmark's test frames. What is left is clustered by hierarchical k-means and sampled in
+equal shares from the top of the hierarchy down (clusters.py; Vo et al. 2024, arXiv 2405.15613).
+k-means follows density, k-means of its centres less so: a finding that is rare, and that the
+embedding tells from the others, gets several times the share that it has of the frames. How even
+it comes out depends on the embedding.
 
 --out gets manifest.csv (path, video, cluster from the top down, scores), report.json and
 sheet.png (look at it). Every stage leaves its result in --out/work under a key of its inputs,
@@ -47,24 +48,27 @@ import frozen
 import synthetic
 import vit
 from clusters import (Columns, add_up, balanced_sample, capped, chunks, first_decides, hierarchy,
-                      left_by_earlier_run, rank, shares, sizes_of, width_of, world)
+                      left_by_earlier_run, members, rank, shares, sizes_of, width_of, world)
 
 # score: (allowed range, what lies outside it). A frame is counted under the first that it fails.
 QUALITY = {
-    "dark": ((0, 0.75), "black: share of the frame with less than a tenth of full brightness"),
+    "dark": ((0, 0.75), "black: share of the picture with less than a tenth of full brightness"),
     "glare": ((0, 0.25), "over-exposed: share of the field of view above nine tenths of full "
                          "brightness"),
     "tissue": ((0.4, 1), "not endoscopy: share of the field of view that is redder than grey "
                          "(0 to keep narrow-band and dyed frames)"),
     "relief": ((0.06, 9), "blank, or lit by no endoscope: deviation over mean of the light on a "
                           "coarse grid"),
-    "field": ((0.2, 1), "instrument, text or border nearly everywhere: share of the frame that "
+    "field": ((0.2, 1), "instrument, text or border nearly everywhere: share of the picture that "
                         "shows tissue"),
-    "sharp": ((0.05, 9), "blurred: root mean square of the Laplacian in the field of view over "
+    "sharp": ((0.03, 9), "blurred: root mean square of the Laplacian in the field of view over "
                          "that of the brightness"),
 }
-REASONS = ("unreadable", *QUALITY, "near-duplicate", "excluded")  # codes 1, 2, ... ; 0 is kept
+REASONS = ("unreadable", *QUALITY, "blur", "near-duplicate", "excluded")  # codes 1, 2, ...; 0 is kept
+BLACK = 0.1  # brightness below which a pixel may be border; that of a video in studio range has
+#              0.06 (16 of 255), CVC-ClinicDB's up to 0.09
 SIDE = 128  # px of the thumbnails that scores and descriptor are computed on
+LOOKED = 32  # frames of a video that its field of view is found from
 BATCH = 256  # frames between two marks of progress of a pass over the images
 SAMPLE = 2 ** 16  # frames that the moments are taken from, however many there are
 
@@ -119,18 +123,19 @@ def check_writable(out):
 # Passes over the images
 
 class Pictures(torch.utils.data.Dataset):
-    """Batch b of the frames numbered `rows`: read(path) of each, stacked, and which of them
+    """Batch b of the frames numbered `rows`: read(path, box) of each, stacked, and which of them
     could be read (the others are 0). A machine that fails (data.Transient, a bad shard) is no
     frame's fault and ends the run, before the batch is marked."""
 
-    def __init__(self, frames, rows, read):
-        self.frames, self.rows, self.read = frames, rows, read
+    def __init__(self, frames, rows, read, boxes):
+        self.frames, self.rows, self.read, self.boxes = frames, rows, read, boxes
 
     def __getitem__(self, b):
         pictures = []
         for i in self.rows[b * BATCH:(b + 1) * BATCH]:
+            box = WHOLE if self.boxes is None else self.boxes[i]
             try:
-                pictures.append(self.read(self.frames.path(i)))
+                pictures.append(self.read(self.frames.path(i), box))
             except data.BadImage:
                 pictures.append(None)
         readable = torch.tensor([p is not None for p in pictures])
@@ -138,11 +143,28 @@ class Pictures(torch.utils.data.Dataset):
         return torch.stack([none if p is None else p for p in pictures]), readable
 
 
-def thumbnail(path):
-    """(3, SIDE, SIDE) uint8: the whole frame, squeezed to a square, from the smallest decoding
-    that has the pixels."""
-    image = data.read_image(path, (SIDE, SIDE))
-    return pil_to_tensor(image.resize((SIDE, SIDE), Image.BILINEAR))
+WHOLE = (0, 0, SIDE, SIDE)
+
+
+def read_inside(path, box, side):
+    """(PIL image of a frame, left, top, right, bottom of its part `box` in pixels), from the
+    smallest decoding that has `side` pixels there each way. box: the same four on the thumbnail."""
+    left, top, right, bottom = (int(edge) for edge in box)
+    image = data.read_image(path, (side * SIDE / (right - left), side * SIDE / (bottom - top)))
+    x, y = image.width / SIDE, image.height / SIDE
+    return image, (left * x, top * y, right * x, bottom * y)
+
+
+def thumbnail(path, box=WHOLE):
+    """(3, SIDE, SIDE) uint8: the part `box` of a frame, squeezed to a square."""
+    image, part = read_inside(path, box, SIDE)
+    return pil_to_tensor(image.resize((SIDE, SIDE), Image.BILINEAR, part))
+
+
+def backbone_view(path, box=WHOLE):
+    """(3, 224, 224) normalised floats of the part `box` of a frame, as a probe sees a frame."""
+    image, part = read_inside(path, box, 256)
+    return data.square(image.crop([round(edge) for edge in part]), 224)
 
 
 def open_table(path, shape, dtype, empty):
@@ -172,10 +194,10 @@ def open_table(path, shape, dtype, empty):
     return np.load(path, mmap_mode="r+")
 
 
-def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
+def over_images(path, frames, rows, read, width, dtype, describe, args, desc, boxes=None):
     """describe(pictures (b, ...)) -> (b, width) of all frames[rows], as the memory-mapped file
     (len(rows), width) at `path`, and which of them could be read, (len(rows),) bool; the others
-    are nan.
+    are nan. boxes: (len(frames), 4), what is looked at of each frame; without them all of it.
 
     A second file holds a checksum of every batch that is on disk: a killed pass loses one batch
     per process, any number of processes can go on with it, and a batch that the disk has damaged
@@ -190,7 +212,7 @@ def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
     if damaged:
         print(f"{path}: {damaged} of {n_batches} batches are damaged, so they are computed again")
     loader = torch.utils.data.DataLoader(
-        Pictures(frames, rows, read), batch_size=None, sampler=todo, num_workers=args.workers,
+        Pictures(frames, rows, read, boxes), batch_size=None, sampler=todo, num_workers=args.workers,
         generator=torch.Generator())
     hidden = rank() > 0 or not todo
     with tqdm(total=len(todo) * BATCH, unit="frame", desc=desc, disable=hidden) as bar:
@@ -213,24 +235,85 @@ def over_images(path, frames, rows, read, width, dtype, describe, args, desc):
     return np.load(path, mmap_mode="r"), readable.astype(bool)
 
 
-# -----------------------------------------------------------------------------------------------
-# Stage 1: quality
-
 def luma(x):
     """(b, 3, H, W) -> (b, 1, H, W)."""
     weight = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)
     return (x * weight).sum(1, keepdim=True)
 
 
+# -----------------------------------------------------------------------------------------------
+# Stage 1: the field of view. A recording shows it in a black frame, beside lines of text, as much
+# as a fifth of the picture or nearly all of it. Seen whole, frames of one layout would be alike,
+# whatever they show, and a share of black would say how large the field is, not how dark
+
+def lit_box(frames, size=15):
+    """(left, top, right, bottom) of the field of view of thumbnails of one layout: (n, 3, SIDE, SIDE)
+    uint8 -> int array, WHOLE where no border is seen.
+
+    It is what is brighter than the darkest corner in a tenth of the frames at least. Only what a
+    square of `size` pixels fits into counts, so that text does not, nor a line."""
+    y = luma(frames / 255)[:, 0]                                            # (n, SIDE, SIDE)
+    ends = F.avg_pool2d(y[:, None], 4)[:, 0, ::SIDE // 4 - 1, ::SIDE // 4 - 1]  # (n, 2, 2) corners
+    corner = ends.amin((1, 2)).view(-1, 1, 1)
+    lit = (y > corner + 0.03) | (corner > BLACK)  # no border: tissue in every corner
+    often = (lit.float().mean(0) >= 0.1).float()[None, None]                # (1, 1, SIDE, SIDE)
+    square = (F.avg_pool2d(often, size, 1, size // 2) > 0.999).float()      # centres of such squares
+    field = F.max_pool2d(square, size, 1, size // 2)
+    for _ in range(2):  # into the corners that no square fits into
+        field = F.max_pool2d(field, 3, 1, 1) * often
+    if not field.any():
+        return np.array(WHOLE)
+    right, down = field.amax((0, 1, 2)).nonzero(), field.amax((0, 1, 3)).nonzero()
+    return np.array([right.min(), down.min(), right.max() + 1, down.max() + 1])
+
+
+class Fields(torch.utils.data.Dataset):
+    """The lit_box of group g of frames, found from at most LOOKED of them, spread evenly."""
+
+    def __init__(self, frames, groups):
+        self.frames, self.groups = frames, groups
+
+    def __getitem__(self, g):
+        group, seen = self.groups[g], []
+        for i in group[np.unique(np.linspace(0, len(group) - 1, LOOKED).round().astype(int))]:
+            with contextlib.suppress(data.BadImage):  # the pass over the images counts it
+                seen.append(thumbnail(self.frames.path(i)))
+        return lit_box(torch.stack(seen)) if seen else np.array(WHOLE)
+
+
+def fields_of_view(frames, groups, work, key, args):
+    """(len(frames), 4) uint8: the field of view of the group that each frame is in, on a
+    thumbnail. groups: list of arrays of numbers of frames."""
+    def look():
+        boxes, mine = np.zeros((len(groups), 4), np.int64), range(rank(), len(groups), world())
+        loader = torch.utils.data.DataLoader(
+            Fields(frames, groups), batch_size=None, sampler=mine, num_workers=args.workers,
+            generator=torch.Generator())
+        hidden = True if rank() else None
+        for g, box in zip(mine, tqdm(loader, desc="fields of view", disable=hidden)):
+            boxes[g] = box
+        return {"boxes": add_up(boxes)}
+
+    found = stage(work, "fields", (key, 1), look)["boxes"]
+    boxes = np.zeros((len(frames), 4), np.uint8)
+    for box, group in zip(found, groups):
+        boxes[group] = box
+    return boxes
+
+
+# -----------------------------------------------------------------------------------------------
+# Stage 2: quality
+
+
 def quality(images):
-    """Scores in the order of QUALITY: (b, 3, H, W) uint8 -> (b, 6) float32. H and W should be
-    SIDE, which the thresholds are made for.
+    """Scores in the order of QUALITY of fields of view: (b, 3, H, W) uint8 -> (b, 6) float32. H and
+    W should be SIDE, which the thresholds are made for.
 
     The field of view is what is not black, less a rim of two pixels, so that neither its border
     nor thin text looks sharp."""
     x = images.float() / 255
     y = luma(x)                                                             # (b, 1, H, W)
-    lit = F.avg_pool2d((y > 0.06).float(), 5, 1, 2)                         # share of 5x5 pixels
+    lit = F.avg_pool2d((y > BLACK).float(), 5, 1, 2)                        # share of 5x5 pixels
     field = (lit > 0.999).float()                                           # the border is outside
     red = field * ((x[:, :1] > 1.1 * x[:, 1:2]) & (x[:, :1] > 1.1 * x[:, 2:]))
 
@@ -244,7 +327,7 @@ def quality(images):
     spread = (weight * (light - mean.view(-1, 1, 1, 1)) ** 2).sum((1, 2, 3)) / area
     kernel = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]], device=x.device)
     edges = F.conv2d(y, kernel[None, None], padding=1)
-    dark = (y < 0.1).float().mean((1, 2, 3))
+    dark = (y < BLACK).float().mean((1, 2, 3))
     relief = spread.sqrt() / mean.clamp(min=1e-3)
     sharp = (inside(edges ** 2) / inside(y ** 2).clamp(min=1e-4)).sqrt()
     glare, tissue, field = inside((y > 0.9).float()), inside(red), red.mean((1, 2, 3))
@@ -262,16 +345,37 @@ def judge(scores, limits):
     return code
 
 
-# -----------------------------------------------------------------------------------------------
-# Stage 2: embeddings
+def blurred(sharp, video, least):
+    """(n,) bool: frames that are less sharp than `least` times the median of their video. sharp,
+    video: (n,).
 
-def descriptor(images, rings=8, angles=16):
-    """(b, 3, SIDE, SIDE) uint8 -> (b, 432): log colour, and edges that brighten outward, inward
+    How sharp a good frame looks depends on the patient's mucosa and on the recorder more than on
+    the camera's motion: the median differs fivefold between real videos, so no one threshold parts
+    the blurred frames of all of them from the good ones."""
+    blurry = np.zeros(len(sharp), bool)
+    for frames in members(video, video.max(initial=-1) + 1):
+        if len(frames):
+            blurry[frames] = sharp[frames] < least * np.median(sharp[frames])
+    return blurry
+
+
+# -----------------------------------------------------------------------------------------------
+# Stage 3: embeddings
+
+def descriptor(images, rings=5, angles=16, waves=4):
+    """(b, 3, SIDE, SIDE) uint8 -> (b, 120): log colour, and edges that brighten outward, inward
     and around, on rings about the centre.
 
     Needs no training. An endoscope rolls about its axis, which shifts these maps along the
     angle; the magnitudes of the Fourier coefficients along it, which are what is returned, do
-    not see a shift. Our own, for first runs: a trained backbone sees more."""
+    not see a shift. Each point is the mean of a fifth of the picture's width: finer maps of two
+    frames of one view differ as much as those of two views, since the hand trembles and the
+    border of the field is found to a pixel or two. Our own, for first runs: a trained backbone
+    sees more."""
+    def around_points(maps, pool, wide):
+        smooth = F.avg_pool2d(F.avg_pool2d(maps, pool), wide, 1, wide // 2, count_include_pad=False)
+        return F.grid_sample(smooth, places, align_corners=False)           # (b, 3, rings, angles)
+
     x = images.float() / 255
     y = luma(x)
     c = torch.linspace(-1, 1, SIDE - 2, device=x.device)
@@ -286,10 +390,9 @@ def descriptor(images, rings=8, angles=16):
     reach = (torch.arange(rings, device=x.device)[:, None] + 0.5) / rings * 0.95
     places = torch.stack([reach * turn.cos(), reach * turn.sin()], -1)      # (rings, angles, 2)
     places = places.expand(len(x), -1, -1, -1)
-    colour = F.grid_sample(F.avg_pool2d(x, 4), places, align_corners=False)  # (b, 3, rings, angles)
-    edges = F.grid_sample(F.avg_pool2d(edges, 6), places, align_corners=False)
-    polar = torch.cat([(colour + 0.02).log(), edges.sqrt()], 1)             # (b, 6, rings, angles)
-    return torch.fft.rfft(polar, dim=-1).abs().flatten(1)
+    colour, edges = (around_points(x, 4, 7) + 0.1).log(), around_points(edges, 6, 5).sqrt()
+    polar = torch.cat([colour, edges], 1)                                   # (b, 6, rings, angles)
+    return torch.fft.rfft(polar, dim=-1).abs()[..., :waves].flatten(1)
 
 
 @torch.no_grad()
@@ -308,12 +411,12 @@ def embedder(args):
     checkpoint, or of the untrained descriptor."""
     if not args.checkpoint:
         words = "fixed polar descriptor, untrained (--checkpoint for a backbone)"
-        return words, thumbnail, descriptor, 432, "polar 1"
+        return words, thumbnail, descriptor, 120, "polar 2"
     model = vit.load_backbone(args.checkpoint, args.device).requires_grad_(False)
     dtype = vit.precision(args.device, args.precision)
     describe = partial(class_token, model=model, dtype=dtype)
     words = f"class token of {args.checkpoint}, {str(dtype).removeprefix('torch.')}"
-    return words, data.eval_image, describe, model.dim, f"{frozen.digest(model)} {dtype}"
+    return words, backbone_view, describe, model.dim, f"{frozen.digest(model)} {dtype}"
 
 
 class Embeddings:
@@ -348,7 +451,7 @@ def moments_of(file, seed):
 
 
 # -----------------------------------------------------------------------------------------------
-# Stage 3: near-duplicates
+# Stage 4: near-duplicates
 
 def duplicates(x, video, sharp, threshold, window=32):
     """(n,) bool, True for the frames to drop: of the frames of a video that resemble each other,
@@ -480,27 +583,31 @@ def default_levels(n):
     return [leaves] + middle + [16] * (leaves > 16)
 
 
-def embed(frames, rows, work, name, key, how, args):
-    """(file of embeddings of frames[rows], which could be read, hash of what it holds)."""
+def embed(frames, rows, boxes, work, name, key, how, args):
+    """(file of embeddings of frames[rows], which could be read, hash of what it holds). boxes: their
+    fields of view; None: whole."""
     _, read, describe, width, model = how
-    numbers = hashlib.sha256(rows.tobytes()).hexdigest()
+    numbers = hashlib.sha256(rows.tobytes() + (b"" if boxes is None else boxes.tobytes())).hexdigest()
     key = key_of(key, numbers, model, args.device.split(":")[0])
     path = work / f"{name}-{key}.npy"
-    return *over_images(path, frames, rows, read, width, np.float16, describe, args, name), key
+    return *over_images(path, frames, rows, read, width, np.float16, describe, args, name, boxes), key
 
 
-def score(frames, work, key, args):
+def score(frames, boxes, work, key, args):
     """Quality scores (n, 6) of all frames and their codes (n,); ValueError if no frame
     passes."""
     limits = {name: tuple(getattr(args, name)) for name in QUALITY}
     if rank() == 0:
         for name, (low, high) in limits.items():
             print(f"{name:7} {low:g} to {high:g}: outside it {QUALITY[name][1]}")
-    path = work / f"quality-{key_of(key, 1)}.npy"
+    path = work / f"quality-{key_of(key, 2)}.npy"
     scores, _ = over_images(path, frames, np.arange(len(frames)), thumbnail, len(QUALITY), np.float32,
-                            quality, args, "quality")
+                            quality, args, "quality", boxes)
     scores = np.asarray(scores)
     code = judge(scores, limits)
+    good = np.flatnonzero(code == 0)
+    sharp, video = scores[good, list(QUALITY).index("sharp")], frames.video_of[good]
+    code[good[blurred(sharp, video, args.blur)]] = 1 + REASONS.index("blur")
     if not (code == 0).any():
         counts = np.bincount(code, minlength=1 + len(REASONS))[1:]
         counts = ", ".join(f"{n} {reason}" for n, reason in zip(counts, REASONS) if n)
@@ -509,13 +616,11 @@ def score(frames, work, key, args):
     return scores, code, limits
 
 
-def drop_duplicates(frames, scores, code, work, key, how, args):
-    """Embeddings of the good frames, and code updated in place with near-duplicates and excluded
-    frames.
-
-    Returns (embeddings of what is left, numbers of these frames, hash)."""
+def drop_duplicates(frames, boxes, scores, code, work, key, how, args):
+    """Embeddings of the good frames, their numbers and the hash of both; code is updated in place
+    with near-duplicates."""
     good = np.flatnonzero(code == 0)
-    file, readable, key = embed(frames, good, work, "embeddings", key, how, args)
+    file, readable, key = embed(frames, good, boxes, work, "embeddings", key, how, args)
     code[good[~readable]] = 1 + REASONS.index("unreadable")
     rows, good = np.flatnonzero(readable), good[readable]
     x = Embeddings(file, rows, moments_of(file, args.seed), args.device)
@@ -523,8 +628,24 @@ def drop_duplicates(frames, scores, code, work, key, how, args):
     drop = stage(work, "duplicates", (key, args.seed, args.duplicate, args.window), lambda: {
         "drop": duplicates(x, video, sharp, args.duplicate, args.window)})["drop"]
     code[good[drop]] = 1 + REASONS.index("near-duplicate")
+    return x, good, key
+
+
+def drop_excluded(frames, x, good, code, work, key, how, args):
+    """code updated in place with the frames that resemble an image of --exclude. x: embeddings of
+    the frames `good`.
+
+    They are compared by their fields of view, as benchmarks crop and frame their images anew, and
+    whole, as the field of view of one dark image may not be found: of real frames saved again
+    whole the first alone misses one in nine, of cropped ones the second alone two in three."""
+    left = np.flatnonzero(code == 0)
+    file, readable, whole = embed(frames, left, None, work, "whole", key, how, args)
+    y = Embeddings(file, np.flatnonzero(readable), moments_of(file, args.seed), args.device)
+    views = (good, x, key, True), (left[readable], y, whole, False)
     for source in args.exclude:
-        hit = good[excluded(source, x, work, key, how, args)]
+        found = [numbers[excluded(source, rows, inside, work, of, how, args)]
+                 for numbers, rows, of, inside in views if len(numbers)]
+        hit = np.unique(np.concatenate(found))
         code[hit] = 1 + REASONS.index("excluded")
         others = np.flatnonzero(np.isin(frames.video_of, frames.video_of[hit]) & (code == 0))
         if args.exclude_videos:
@@ -534,17 +655,16 @@ def drop_duplicates(frames, scores, code, work, key, how, args):
             print(f"--exclude {source}: {len(hit)} frames of {videos} videos resemble one of its images; "
                   f"{len(others)} other good frames of these videos are "
                   + ("dropped with them" if args.exclude_videos else "kept"))
-    left = code[good] == 0
-    x = Embeddings(file, rows[left], x.moments, args.device)
-    return x, good[left], key_of(key, hashlib.sha256(left.tobytes()).hexdigest())
 
 
-def excluded(source, x, work, key, how, args):
+def excluded(source, x, inside, work, key, how, args):
     """(len(x),) bool: frames that resemble an image of the folder, manifest or list `source`. x:
-    all embeddings."""
+    their embeddings, of the fields of view (inside) or of whole frames."""
     frames = first_decides(lambda: open_excluded(source))
     rows, found = np.arange(len(frames)), first_decides(lambda: fingerprint(frames, False))
-    file, readable, found = embed(frames, rows, work, "excluded", found, how, args)
+    # stills: each has a field of its own
+    boxes = fields_of_view(frames, rows[:, None], work, found, args) if inside else None
+    file, readable, found = embed(frames, rows, boxes, work, "excluded", found, how, args)
     if not readable.all():
         bad = frames.path(int(readable.argmin()))
         raise ValueError(f"--exclude {source}: {bad} cannot be read, so its near-duplicates cannot be "
@@ -561,9 +681,18 @@ def curate(args):
     work = first_decides(lambda: check_writable(out))
     how = embedder(args)
     frames = first_decides(lambda: data.Frames(args.data or synthetic.ensure() / "unlabelled"))
+    for source in args.exclude:  # a wrong name is said now, not after the passes over the frames
+        first_decides(lambda: open_excluded(source) and None)
     key = first_decides(lambda: fingerprint(frames, True))
-    scores, code, limits = score(frames, work, key, args)
-    x, rows, key = drop_duplicates(frames, scores, code, work, key, how, args)
+    videos = members(frames.video_of, len(frames.videos))
+    boxes = fields_of_view(frames, videos, work, key, args)
+    scores, code, limits = score(frames, boxes, work, key, args)
+    x, good, key = drop_duplicates(frames, boxes, scores, code, work, key, how, args)
+    if args.exclude:
+        drop_excluded(frames, x, good, code, work, key, how, args)
+    left = code[good] == 0
+    key = key_of(key, hashlib.sha256(left.tobytes()).hexdigest())
+    x, rows = Embeddings(x.file, x.rows[left], x.moments, args.device), good[left]
     if not len(rows):
         raise ValueError(f"{frames.root}: no frame is left after the filters and --exclude")
     levels = args.clusters or default_levels(len(x))
@@ -605,14 +734,16 @@ def flags():
     add("--exclude", "benchmark frames (folder, manifest, list of paths or of names below the list's "
         "folder): whatever resembles one is never chosen (repeatable)",
         action="append", metavar="LIST_OR_FOLDER")
-    add("--exclude-similarity", "cosine from which a frame resembles one of those",
-        type=float, default=0.85)
+    add("--exclude-similarity", "cosine from which a frame resembles one of those (default: 0.85; by a "
+        "checkpoint, to which polyps of two hospitals are alike, 0.9)", type=float)
     add("--exclude-videos", "drop the whole video of which one frame is excluded. Not by default: of 36 "
         "colonoscopies it drops 3 by the fixed descriptor, 13 by a ViT-S/14, against two polyp sets of "
         "other hospitals, where nearly every hit is false",
         action=argparse.BooleanOptionalAction, default=False)
-    add("--duplicate", "cosine from which two frames of a video are one", type=float, default=0.95)
+    add("--duplicate", "cosine from which two frames of a video are one", type=float, default=0.9)
     add("--window", "groups of its video that a frame is compared with", type=int, default=32)
+    add("--blur", "share of the median sharpness of its video (--sharp) below which a frame is blurred",
+        type=float, default=0.4)
     add("--clusters", "clusters of each level from the leaves up (default: from the number of frames)",
         type=int, nargs="+", metavar="K")
     add("--resample", "rounds of resampling-clustering at each level; one where a level has fewer than "
@@ -631,6 +762,8 @@ def main(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
     args.exclude = args.exclude or []
+    if args.exclude_similarity is None:
+        args.exclude_similarity = 0.9 if args.checkpoint else 0.85
     counts = [args.target, args.per_video, args.window, *(args.clusters or ())]
     if any(n is not None and n < 1 for n in counts) or min(args.workers, args.resample) < 0:
         parser.error("--target, --per-video, --window and --clusters must be positive, --workers and "

@@ -441,7 +441,8 @@ def render(s, look, maps, origin, turn, rng, size=256, scope=1):
 # -----------------------------------------------------------------------------------------------
 # What spoils real video
 
-ARTEFACTS = "water", "blur", "interlacing", "box", "text"  # in the order in which light meets them
+# in the order in which light, then the signal meets them
+ARTEFACTS = "water", "blur", "interlacing", "box", "layout", "text"
 
 
 def recording(rng, size):
@@ -450,19 +451,22 @@ def recording(rng, size):
     u = rng.uniform
     side = round(size * u(.24, .34))
     day, month, year, *time = rng.integers(10, (29, 13, 25, 18, 60, 60))
+    small = round(size * u(.45, .9))  # side of the picture in the recorder's frame
     turns = rng.normal(0, .5, 24).cumsum()  # the course of the scope, on the position display
     course = np.stack([np.cos(turns), np.sin(turns)], 1).cumsum(0)
     course = (course - course.min(0)) / (np.ptp(course, 0).max() + 1e-6)
     return SimpleNamespace(
         ripples=noise(rng, size, size / 5), water=u(.4, 1), flow=u(.01, .03) * size,
         box=(round(size * u(0, .04)), size - side - round(size * u(0, .04)), side), course=course,
-        words=f"{day}/{month}/20{year}\n{':'.join(map(str, time))}\nGr:N Cm:1")
+        words=f"{day}/{month}/20{year}\n{':'.join(map(str, time))}\nGr:N Cm:1",
+        small=small, corner=(round((size - small) * u(.3, 1)), round((size - small) * u(0, 1))),
+        black=round(u(0, 23)))  # of that frame: 16 in studio range
 
 
 def spoil(image, mask, tape, rng, i, scope, artefacts):
     """Frame i of a recording with these artefacts: uint8 (size, size, 3) and the mask, bool
     (size, size), as copies. The mask stays that of the scene, less what the position display
-    hides."""
+    hides, and goes where the layout puts the picture."""
     size, shown = len(image), rays(len(image), scope)[1]
     x = torch.from_numpy(image).permute(2, 0, 1).float()                          # (3, H, W)
     motion = (rng.standard_t(2, 2) * .012).clip(-.08, .08) * size  # pixels a frame; jerks are rare
@@ -481,10 +485,22 @@ def spoil(image, mask, tape, rng, i, scope, artefacts):
         path = [(left + side * (.15 + .7 * a), top + side * (.15 + .7 * b)) for a, b in tape.course]
         draw.line(path, (90, 220, 120), max(size // 64, 1), joint="curve")
         mask[top : top + side + 1, left : left + side + 1] = False
+    if "layout" in artefacts:  # the recorder's frame is larger than the picture, its black not 0
+        page = laid_out(page, tape, (tape.black,) * 3)
+        mask = np.array(laid_out(Image.fromarray(mask), tape, False))
     if "text" in artefacts:
+        draw = ImageDraw.Draw(page)
         font = ImageFont.load_default(max(size // 20, 6))
         draw.text((size // 40, size // 40), tape.words, (225, 225, 225), font)
     return np.array(page), mask
+
+
+def laid_out(picture, tape, colour):
+    """The PIL image, smaller, where the recording has it in a frame of that colour."""
+    frame = Image.new(picture.mode, picture.size, colour)
+    how = Image.Resampling.NEAREST if picture.mode == "1" else Image.Resampling.BOX
+    frame.paste(picture.resize((tape.small, tape.small), how), tape.corner)
+    return frame
 
 
 def moved(x, motion, share):

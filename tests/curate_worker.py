@@ -21,7 +21,7 @@ def one(rank, world, port, dies, argv):
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     curate.BATCH = 8
     curate.SAMPLE = clusters.SAMPLE = 48  # fewer than there are frames
-    clusters.CHUNK = 4 * 4 * 432  # 4 rows: every stage has several chunks
+    clusters.CHUNK = 4 * 4 * 120  # 4 rows: every stage has several chunks
     if dies and rank == world - 1:
         module, calls = {"curate": curate, "clusters": clusters}[dies[0]], []
         real = getattr(module, dies[1])

@@ -433,9 +433,9 @@ def test_precision_is_that_of_the_backbone(planted, tmp_path, monkeypatch):
     model, seen = vit.build_vit("vitt14", image_size=28), []
     vit.save_backbone(tmp_path / "tiny.pt", model, "vitt14")
     real = vit.autocast
-    small = lambda path: curate.thumbnail(path).float()[:, :28, :28] / 255
+    small = lambda path, box: curate.thumbnail(path, box).float()[:, :28, :28] / 255
     monkeypatch.setattr(vit, "autocast", lambda *how: seen.append(how[1]) or real(*how))
-    monkeypatch.setattr(data, "eval_image", small)
+    monkeypatch.setattr(curate, "backbone_view", small)
     for name in ("fp32", "bf16"):
         flags = ("--checkpoint", tmp_path / "tiny.pt", "--precision", name)
         _, rows = run(planted, tmp_path / "out", *flags)
@@ -480,5 +480,5 @@ def test_bench_counts_what_ten_million_frames_take(capsys):
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
     rows = {cells[1].strip(): cells[2:] for cells in lines if len(cells) == 8}
     read, flop, _, hours, _, _ = rows["a pass of k-means"]
-    assert float(read) == 9 and float(flop) == 864 and float(hours) > 0  # 2 and 2e5 times 432e7
+    assert float(read) == 2 and float(flop) == 240 and float(hours) > 0  # 2 and 2e5 times 120e7
     assert [name for name in rows if "4 x first centres, 128 passes" in name]  # 50 + 3 (50 / 2 + 1)

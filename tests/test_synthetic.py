@@ -221,6 +221,18 @@ def test_the_position_display_hides_what_lies_under_it():
     assert np.median(images[:, under]) == 0  # a black box
 
 
+def test_a_layout_shows_the_picture_smaller_on_a_border_that_is_flat():
+    (plain, masks), (images, moved) = spoiled(()), spoiled(("layout",))
+    shown = (images != images[0, 0, 0]).any((0, 3))
+    (top, left), (bottom, right) = np.argwhere(shown).min(0), np.argwhere(shown).max(0) + 1
+    assert .4 * 128 < bottom - top <= .92 * 128 and images[0, 0, 0].max() < 23
+    small = [np.array(Image.fromarray(i.astype(np.uint8)).resize((right - left, bottom - top), Image.BOX))
+             for i in plain]
+    assert np.abs(images[:, top:bottom, left:right] - np.stack(small)).mean() < 6
+    share = (right - left) * (bottom - top) / 128 ** 2
+    assert abs(moved.mean() / masks.mean() / share - 1) < .1
+
+
 def comb(images):
     """How much every line differs from its neighbours, over how much lines two apart differ."""
     between = np.abs(images[:, 1:-1] - (images[:, :-2] + images[:, 2:]) / 2).mean((1, 2, 3))

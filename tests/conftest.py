@@ -3,8 +3,11 @@ names, one small set of synthetic frames, and what works in processes of its own
 import importlib.util
 import os
 import pathlib
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ sys.path.insert(0, str(REFERENCE))  # fill.py lies beside the numbers that were 
 from fill import array, fill_value  # noqa: E402
 
 
-# Half a minute each on a core that is idle otherwise: they start with the first test, and the tests
+# Half a minute each, on a core that is idle otherwise: they start with the first test, and the tests
 # that look at them come last. {(file, test): what Python is to run}
 AGAIN = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
 CHILDREN = {
@@ -40,30 +43,36 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def children(request, tmp_path_factory):
-    """{key of CHILDREN: (process, file of its output)} of the tests that were asked for."""
+    """Those of CHILDREN whose tests were asked for, one after the other, so that a core and the memory
+    of one are enough: the shell that runs them and {key: file of the output}; "<file>.code" gets the
+    exit code."""
     asked = dict.fromkeys(filter(None, map(child_of, request.session.items)))
     if os.environ.get("TRITON_INTERPRET") == "1" or not importlib.util.find_spec("triton"):
         asked = {}
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started, folder = {}, tmp_path_factory.mktemp("children")
+    folder, lines, outputs = tmp_path_factory.mktemp("children"), ["true"], {}
     for i, key in enumerate(asked):
-        more = {"TRITON_INTERPRET": "1"} if "interpreted" in key[1] else {}
-        with open(folder / f"{i}.txt", "w") as output:
-            process = subprocess.Popen([sys.executable, *CHILDREN[key]], env=environment | more,
-                                       cwd=pathlib.Path(__file__).parents[1], stdout=output,
-                                       stderr=subprocess.STDOUT)
-        started[key] = process, folder / f"{i}.txt"
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
+        outputs[key] = folder / f"{i}.txt"
+        more = ["env", "TRITON_INTERPRET=1"] if "interpreted" in key[1] else []
+        command = shlex.join([*more, sys.executable, *CHILDREN[key]])
+        lines.append(f"{command} > {outputs[key]} 2>&1; echo $? > {outputs[key]}.code")
+    shell = subprocess.Popen(
+        ["sh", "-c", "\n".join(lines)], cwd=pathlib.Path(__file__).parents[1], start_new_session=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    yield shell, outputs
+    if shell.poll() is None:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
 
 
 @pytest.fixture
 def child(request, children):
-    """(return code, output) of the process that this test looks at."""
-    process, output = children[child_of(request.node)]
-    return process.wait(), output.read_text()
+    """(exit code, output) of the process that this test looks at."""
+    shell, outputs = children
+    output = outputs[child_of(request.node)]
+    code = output.with_name(f"{output.name}.code")
+    while shell.poll() is None and not (code.exists() and code.read_text()):
+        time.sleep(0.2)
+    return int(code.read_text()), output.read_text()
 
 
 @pytest.fixture(scope="session")

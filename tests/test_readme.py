@@ -202,7 +202,7 @@ def test_commands_run(laid_out, capsys, request):
         argv = [re.sub("^vits14$", "vitt14", word.replace("vitb14", "vitt14")) for word in argv]
         argv = [re.sub("^dinov2_vitt14$", "dinov2_vitt14.pth", word) for word in argv]  # fetch nothing
         if "--curve" in argv or "--histogram" in argv:
-            flags = "--device cpu"
+            flags = "--size 28 --device cpu"
         for word in argv:
             if re.match(r"dinov2_\w+\.pth$", word) and not pathlib.Path(word).exists():
                 vit.export_backbone(word, vit.build_vit("vitt14", image_size=28))

@@ -22,28 +22,33 @@ out=${ADAPT_OUT:-runs/adapted}
 mkdir -p "$out"
 
 # one manifest of all that is trained on; each labelled frame is a video of its own
-"$python" - "$frames" "$kvasir" "$out/frames.csv" <<'END'
-import csv, pathlib, sys
-frames, kvasir, out = map(pathlib.Path, sys.argv[1:])
-rows = [[p.resolve(), p.parent.relative_to(frames)] for p in sorted(frames.rglob("*"))
-        if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")]
-train = [name.strip().removesuffix(".jpg") for name in (kvasir / "train.txt").read_text().split()]
-rows += [[(kvasir / "images" / f"{name}.jpg").resolve(), f"Kvasir-SEG {name}"] for name in train]
-if len(rows) == len(train):
-    sys.exit(f"{frames}: no images found there")
-with open(out, "w", newline="") as file:
-    csv.writer(file).writerows([["path", "video"], *rows])
-print(f"{out}: {len(rows) - len(train)} frames and the {len(train)} training images of {kvasir}")
+PYTHONPATH=$here "$python" - "$frames" "$kvasir" "$out" <<'END'
+import csv, os, sys
+import data
+from frozen import one_sentence
+source, kvasir, out = sys.argv[1:]
+with one_sentence():
+    frames, polyps = data.Frames(source), data.open_labelled(kvasir, "polyps")
+test = set(polyps.splits[0].test.tolist())
+rows = [(frames.path(i), frames.video(i)) for i in range(len(frames))]
+rows += [(path, f"Kvasir-SEG {data.stem(path)}") for i, path in enumerate(polyps.paths) if i not in test]
+with open(f"{out}/frames.csv", "w", newline="") as file:
+    csv.writer(file).writerows([("path", "video"), *((os.path.abspath(p), v) for p, v in rows)])
+with open(f"{out}/test.txt", "w") as file:
+    file.writelines(f"{polyps.paths[i]}\n" for i in sorted(test)[:4])
+print(f"{out}/frames.csv: {len(frames)} frames and {len(rows) - len(frames)} training images of {kvasir}")
 END
 
 # shellcheck disable=SC2086  # ADAPT_FLAGS holds several flags
 "$python" "$here/pretrain.py" --recipe adapt --arch "${ADAPT_ARCH:-vits14}" --init "$weights" --data "$out/frames.csv" \
     --out "$out" ${ADAPT_FLAGS:-}
-teacher=$(ls -v "$out"/teacher_*.pt | tail -n 1)
+# its heads, teacher_900.polyps.linear.pt, come to lie beside it; none is there if a signal ended the run
+teacher=$(find "$out" -maxdepth 1 -regex '.*/teacher_[0-9]*\.pt' | sort -V | tail -n 1)
+[ -n "$teacher" ] || exit 130
 "$python" "$here/probe_segment.py" "$teacher" --against "$weights" --data "$kvasir" ${other:+--generalise "$other"} \
     --heads linear --size 224 --out "$out/polyps.json"
 if [ -n "$grades" ]; then
     "$python" "$here/probe_mes.py" "$teacher" --against "$weights" --data "$grades" --out "$out/grades.json"
 fi
-mapfile -t test_frames < <(head -n 4 "$kvasir/val.txt" | tr -d '\r' | sed "s|\.jpg$||; s|.*|$kvasir/images/&.jpg|")
+mapfile -t test_frames < "$out/test.txt"
 "$python" "$here/vit.py" "$weights" "${test_frames[@]}" --beside "$teacher" --show "$out/tokens.png"

@@ -631,9 +631,9 @@ def drop_duplicates(frames, boxes, scores, code, work, key, how, args):
     return x, good, key
 
 
-def drop_excluded(frames, x, good, code, work, key, how, args):
-    """code updated in place with the frames that resemble an image of --exclude. x: embeddings of
-    the frames `good`.
+def drop_excluded(frames, benchmarks, x, good, code, work, key, how, args):
+    """code updated in place with the frames that resemble an image of --exclude, opened as
+    `benchmarks`. x: embeddings of the frames `good`.
 
     They are compared by their fields of view, as benchmarks crop and frame their images anew, and
     whole, as the field of view of one dark image may not be found: of real frames saved again
@@ -642,8 +642,9 @@ def drop_excluded(frames, x, good, code, work, key, how, args):
     file, readable, whole = embed(frames, left, None, work, "whole", key, how, args)
     y = Embeddings(file, np.flatnonzero(readable), moments_of(file, args.seed), args.device)
     views = (good, x, key, True), (left[readable], y, whole, False)
-    for source in args.exclude:
-        found = [numbers[excluded(source, rows, inside, work, of, how, args)]
+    for source, benchmark in zip(args.exclude, benchmarks):
+        named = first_decides(lambda: fingerprint(benchmark, False))
+        found = [numbers[excluded(source, benchmark, named, rows, inside, work, of, how, args)]
                  for numbers, rows, of, inside in views if len(numbers)]
         hit = np.unique(np.concatenate(found))
         code[hit] = 1 + REASONS.index("excluded")
@@ -657,14 +658,13 @@ def drop_excluded(frames, x, good, code, work, key, how, args):
                   + ("dropped with them" if args.exclude_videos else "kept"))
 
 
-def excluded(source, x, inside, work, key, how, args):
-    """(len(x),) bool: frames that resemble an image of the folder, manifest or list `source`. x:
-    their embeddings, of the fields of view (inside) or of whole frames."""
-    frames = first_decides(lambda: open_excluded(source))
-    rows, found = np.arange(len(frames)), first_decides(lambda: fingerprint(frames, False))
+def excluded(source, frames, named, x, inside, work, key, how, args):
+    """(len(x),) bool: what resembles one of the benchmark's frames, which `source` gave and whose
+    fingerprint is `named`. x: embeddings of the fields of view (inside) or of whole frames."""
+    rows = np.arange(len(frames))
     # stills: each has a field of its own
-    boxes = fields_of_view(frames, rows[:, None], work, found, args) if inside else None
-    file, readable, found = embed(frames, rows, boxes, work, "excluded", found, how, args)
+    boxes = fields_of_view(frames, rows[:, None], work, named, args) if inside else None
+    file, readable, found = embed(frames, rows, boxes, work, "excluded", named, how, args)
     if not readable.all():
         bad = frames.path(int(readable.argmin()))
         raise ValueError(f"--exclude {source}: {bad} cannot be read, so its near-duplicates cannot be "
@@ -681,15 +681,15 @@ def curate(args):
     work = first_decides(lambda: check_writable(out))
     how = embedder(args)
     frames = first_decides(lambda: data.Frames(args.data or synthetic.ensure() / "unlabelled"))
-    for source in args.exclude:  # a wrong name is said now, not after the passes over the frames
-        first_decides(lambda: open_excluded(source) and None)
+    # a wrong name is said now, not after the passes over the frames
+    benchmarks = [first_decides(lambda: open_excluded(source)) for source in args.exclude]
     key = first_decides(lambda: fingerprint(frames, True))
     videos = members(frames.video_of, len(frames.videos))
     boxes = fields_of_view(frames, videos, work, key, args)
     scores, code, limits = score(frames, boxes, work, key, args)
     x, good, key = drop_duplicates(frames, boxes, scores, code, work, key, how, args)
     if args.exclude:
-        drop_excluded(frames, x, good, code, work, key, how, args)
+        drop_excluded(frames, benchmarks, x, good, code, work, key, how, args)
     left = code[good] == 0
     key = key_of(key, hashlib.sha256(left.tobytes()).hexdigest())
     x, rows = Embeddings(x.file, x.rows[left], x.moments, args.device), good[left]

@@ -53,10 +53,10 @@ from watch import OVERFLOWS, Log, measured_on, open_probe, probe
 # prototypes, so K is small; the teacher is sharp and follows fast; the crops are large and keep
 # their colour, so that two crops of one frame have something in common to be found.
 # one-gpu lies between the two, for a card of 16 GB. Counted: 6.5 GiB for ViT-S and 13.5 for ViT-B,
-# for which --checkpoint-activations is wise. Nobody has run it.
+# for which --checkpoint-activations is wise. Nobody has run it for more than twelve steps.
 NAMES = "scratch", "scratch-long", "adapt", "one-gpu", "demo"
-SHRINK_ON_CPU = "steps", "batch", "prototypes", "global_size", "local_size"  # to demo's values
-ADAPT_ON_CPU = {"global_size": 112, "local_size": 56}  # so small already, but for its crops
+SHRINK_ON_CPU = "steps", "batch", "prototypes", "global_size", "local_size"  # to demo's values,
+ON_CPU = {"demo": {}, "adapt": {"global_size": 112, "local_size": 56}}  # but in these recipes
 
 
 def interval(text):
@@ -200,10 +200,8 @@ RECIPES = {recipe: {name: default[i] for name, _, default, _ in ROWS.values() if
 def defaults(recipe, device):
     """{flag: the value it has where it is not given}."""
     row = {name: default for name, _, default, _ in ROWS.values()} | RECIPES[recipe]
-    if device == "cpu" and recipe == "adapt":
-        row |= ADAPT_ON_CPU
-    elif device == "cpu":
-        row |= {name: RECIPES["demo"][name] for name in SHRINK_ON_CPU}
+    if device == "cpu":
+        row |= ON_CPU.get(recipe, {name: RECIPES["demo"][name] for name in SHRINK_ON_CPU})
     return row
 
 
@@ -686,7 +684,7 @@ def closing_words(out, args, log, frame):
 
 def describe(args, model, frames, world, say):
     """Print what will run, and where the numbers come from."""
-    if args.device == "cpu" and args.recipe not in ("demo", "adapt"):
+    if args.device == "cpu" and args.recipe not in ON_CPU:
         say(f"no GPU: {', '.join(map(flag, SHRINK_ON_CPU))} default to those of --recipe demo. The "
             f"other values of {args.recipe} are made for long runs: so short a run shows that all "
             "works, and learns little; --recipe demo learns")

@@ -175,7 +175,8 @@ def curve(args, labelled):
     """Figure 1 of the run folder --curve: the loss and online probe of log.jsonl, and its
     teacher_<step>.pt scored here, with --polyps also by the Dice of a linear head."""
     run = pathlib.Path(args.curve)
-    masked = args.polyps and data.open_labelled(args.polyps, "polyps")
+    with one_sentence():
+        masked = args.polyps and data.open_labelled(args.polyps, "polyps")
     if not (run / "log.jsonl").exists():
         raise SystemExit(f"--curve {run}: expected a run folder of pretrain.py with a log.jsonl, "
                          "found none")

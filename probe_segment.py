@@ -356,13 +356,19 @@ def save_polyp_head(args, backbone, model, kind, head, setting, row):
 def online_dice(args, model, labelled, frames=200):
     """A quick score that reads no test frame: mean Dice on the validation frames of split 0, of a
     linear head of fixed rate fitted on so many of its training frames, the same for every model."""
-    split, size = labelled.splits[0], args.sizes["linear"]
+    split = labelled.splits[0]
     drawn = np.random.default_rng(args.seed).permutation(split.train)[:frames]
-    train, val = (tokens_of(args, model, "linear", labelled, rows, mirror=False)
-                  for rows in (drawn, split.val))
-    masks = masks_of(labelled, drawn, size)
-    head = trained_head(args, model, "linear", train, masks, FEW_SHOT["lr"], args.seed)
-    return validate(head, val, masks_of(labelled, split.val), precision_of(args))
+    return fixed_head_dice(args, model, labelled, drawn, split.val, mirror=False)
+
+
+def fixed_head_dice(args, model, labelled, fit, score, mirror=True):
+    """Mean Dice on the frames `score` of a linear head of fixed rate fitted on the frames `fit`,
+    with `mirror` also on their mirror images."""
+    tokens = tokens_of(args, model, "linear", labelled, fit, mirror)
+    masks = masks_of(labelled, fit, args.sizes["linear"])
+    head = trained_head(args, model, "linear", tokens, masks, FEW_SHOT["lr"], args.seed)
+    tokens = tokens_of(args, model, "linear", labelled, score, mirror=False)
+    return validate(head, tokens, masks_of(labelled, score), precision_of(args))
 
 
 def few_shot(args, labelled, backbone, model):

@@ -23,7 +23,6 @@ from custom_kernels.timing import table
 from data import open_labelled
 from docs.study import pretrain_all
 from frozen import frozen_features
-from results import precision_of
 
 BASE = ("--recipe adapt --steps 900 --batch 32 --global-size 112 --local-size 56 "
         "--freeze-backbone 0.15 --export-every 0")
@@ -81,16 +80,11 @@ def validation_scores(args, model):
 def halves_dice(args, model, device):
     """Mean Dice over the training frames, each scored by the head fitted on the other half."""
     flags = probe_segment.parse(["--size", "224", "--steps", "400", "--device", device])
-    polyps, dice = open_labelled(args.polyps, "polyps"), []
+    polyps = open_labelled(args.polyps, "polyps")
     rows = np.sort(np.concatenate([polyps.splits[0].train, polyps.splits[0].val]))
-    for fit, score in (rows[::2], rows[1::2]), (rows[1::2], rows[::2]):
-        tokens = probe_segment.tokens_of(flags, model, "linear", polyps, fit, mirror=True)
-        masks = probe_segment.masks_of(polyps, fit, 224)
-        head = probe_segment.trained_head(flags, model, "linear", tokens, masks, 1e-2, seed=0)
-        tokens = probe_segment.tokens_of(flags, model, "linear", polyps, score, mirror=False)
-        masks = probe_segment.masks_of(polyps, score)
-        dice.append(probe_segment.validate(head, tokens, masks, precision_of(flags)))
-    return np.mean(dice)
+    halves = rows[::2], rows[1::2]
+    return np.mean([probe_segment.fixed_head_dice(flags, model, polyps, *ways)
+                    for ways in (halves, halves[::-1])])
 
 
 def grade_kappas(args, model, device):

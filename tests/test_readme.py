@@ -7,6 +7,7 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -348,9 +349,11 @@ def test_adapt_hands_its_arguments_on(tmp_path, parsers):
     """Its commands by the same stand-in for Python, and its manifest by Python itself: all flags exist,
     the training images of Kvasir-SEG are trained on, those of val.txt are looked at."""
     folder = tmp_path / "a folder with spaces"
-    for name in ("videos/a", "Kvasir-SEG/images"):
+    for name in ("videos/a", "Kvasir-SEG/images", "Kvasir-SEG/masks"):
         (folder / name).mkdir(parents=True)
     (folder / "videos/a/000001.jpg").touch()
+    for stem, kind in itertools.product("t1 t2 v1 v2 v3 v4 v5".split(), ("images", "masks")):
+        Image.new("L", (8, 8)).save(folder / f"Kvasir-SEG/{kind}/{stem}.jpg")
     for name, stems in (("train", "t1 t2"), ("val", "v1 v2 v3 v4 v5")):
         (folder / f"Kvasir-SEG/{name}.txt").write_text("\n".join(stems.split()) + "\n")
     (folder / "stub.py").write_text(STUB)
@@ -377,7 +380,7 @@ def test_adapt_hands_its_arguments_on(tmp_path, parsers):
         main(script.removesuffix(".py"), argv)
     assert "Kvasir-SEG/images/v4.jpg" in calls[3] and "Kvasir-SEG/images/v5.jpg" not in calls[3]
     (folder / "empty").mkdir()
-    assert "empty: no images found there" in adapt("w.pth", "empty", "Kvasir-SEG").stderr
+    assert "empty: no images here" in adapt("w.pth", "empty", "Kvasir-SEG").stderr
 
 
 def test_demo_goes_on_where_it_was_stopped(tmp_path, parsers):

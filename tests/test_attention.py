@@ -9,15 +9,12 @@ GPUs that need not be there.
 """
 import importlib.util
 import json
-import os
 import re
-import sys
 import types
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import data
-import frozen
 import figures
 import probe_classify as pc
 import probe_mes as mes

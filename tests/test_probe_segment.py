@@ -13,7 +13,6 @@ from PIL import Image
 import data
 import frozen
 import probe_segment as seg
-import results
 import vit
 
 

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import os
 import re
-import sys
 import types
 
 import pytest

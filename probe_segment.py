@@ -194,14 +194,14 @@ def fit_head(head, tokens, masks, lr, steps=500, batch=16, seed=0, dtype=torch.f
 
 
 @torch.no_grad()
-def validate(head, tokens, masks, dtype=torch.float32):
-    """Mean Dice at 0.5 over frames, each at its mask's own size: tokens of n arrays
+def frame_dice(head, tokens, masks, dtype=torch.float32):
+    """(n,) Dice at 0.5 of frames, each at its mask's own size: tokens of n arrays
     (1, L, 1 + N, D), masks list of (H, W) bool."""
     device, dice = next(head.parameters()).device, []
     for x, mask in zip(tokens, masks):
         z = logits(head, torch.from_numpy(np.array(x)).to(device).float(), mask.shape, dtype)
         dice.append(dice_iou(z[0].cpu() > 0, mask)[0])
-    return float(np.mean(dice))
+    return np.array(dice)
 
 
 @torch.no_grad()
@@ -266,7 +266,8 @@ def choose_head(args, model, kind, labelled):
     val_masks, trained = masks_of(labelled, split.val), []
     for lr in LEARNING_RATES[kind]:
         head = trained_head(args, model, kind, train, masks, lr, args.seed)
-        trained.append((validate(head, val, val_masks, precision_of(args)), lr, head))
+        found = frame_dice(head, val, val_masks, precision_of(args)).mean()
+        trained.append((float(found), lr, head))
     dice, lr, head = max(trained, key=lambda t: t[0])
     return head, {"lr": lr, "validation Dice": dice}
 
@@ -364,11 +365,20 @@ def online_dice(args, model, labelled, frames=200):
 def fixed_head_dice(args, model, labelled, fit, score, mirror=True):
     """Mean Dice on the frames `score` of a linear head of fixed rate fitted on the frames `fit`,
     with `mirror` also on their mirror images."""
+    head = fixed_head(args, model, labelled, fit, mirror)
+    return float(head_dice(args, model, head, "linear", labelled, score).mean())
+
+
+def fixed_head(args, model, labelled, fit, mirror=True):
     tokens = tokens_of(args, model, "linear", labelled, fit, mirror)
     masks = masks_of(labelled, fit, args.sizes["linear"])
-    head = trained_head(args, model, "linear", tokens, masks, FEW_SHOT["lr"], args.seed)
-    tokens = tokens_of(args, model, "linear", labelled, score, mirror=False)
-    return validate(head, tokens, masks_of(labelled, score), precision_of(args))
+    return trained_head(args, model, "linear", tokens, masks, FEW_SHOT["lr"], args.seed)
+
+
+def head_dice(args, model, head, kind, labelled, rows):
+    """(n,) Dice of a head on frames, from kept tokens."""
+    tokens = tokens_of(args, model, kind, labelled, rows, mirror=False)
+    return frame_dice(head, tokens, masks_of(labelled, rows), precision_of(args))
 
 
 def few_shot(args, labelled, backbone, model):
@@ -387,7 +397,7 @@ def few_shot(args, labelled, backbone, model):
             drawn = np.random.default_rng((args.seed, d)).permutation(len(split.train))[:shots]
             head = trained_head(args, model, "linear", [tokens[i] for i in drawn], masks[drawn],
                                 FEW_SHOT["lr"], seed=d)
-            dice.append(validate(head, test, test_masks, precision_of(args)))
+            dice.append(float(frame_dice(head, test, test_masks, precision_of(args)).mean()))
             if d == 0 and shots == args.shots[-1]:
                 setting = FEW_SHOT | {"labelled frames": len(drawn)}
                 save_polyp_head(args, backbone, model, "linear", head, setting, {"Dice": dice[0]})

@@ -8,6 +8,7 @@ on the length. Elsewhere: PyTorch's scaled_dot_product_attention on views of the
 ENDODINO_ATTENTION=sdpa leaves everything to the library.
 """
 import functools
+import math
 import os
 
 import torch
@@ -74,6 +75,7 @@ def products_or_library(qkv, runs, impl):
 def sdpa(qkv, runs):
     """The same by the library, a call per run. q, k, v are views; their gradients are copied
     into one tensor."""
+    runs = [run for run in runs if math.prod(run)]  # of nothing in 16 bits CUDA's returns None
     if not runs:
         return qkv[:, 0]
     return packed([F.scaled_dot_product_attention(*x.unbind(1)) for x in by_run(qkv, runs)])

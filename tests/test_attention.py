@@ -54,7 +54,7 @@ PACKS = {
 }
 
 
-WAYS = ["operator"] + ["products"] * (not INTERPRETED)
+WAYS = ["operator"] + ["products"] * (DEVICE == "cpu" and not INTERPRETED)  # for CPUs alone
 
 
 @pytest.fixture(autouse=True)

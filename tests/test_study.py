@@ -105,8 +105,10 @@ def test_differences_are_paired_over_seeds_and_frames():
     sets, key = {"polyps": (labelled, [tested])}, "polyps Dice, here"
     ours = [{key: np.array([0.5, 0.75])}, {key: np.array([0.75, 1.0])}]
     theirs = [{key: np.array([0.25, 0.75])}, {key: np.array([0.25, 0.75])}]
-    assert study.spread(sets, ours) == pytest.approx({key: 0.75, f"{key} sd": 0.125 * 2**0.5})
-    row = study.paired(sets, ours, theirs)
+    ours, theirs = ([study.measured(sets, found) for found in side] for side in (ours, theirs))
+    assert study.spread([study.values(seed) for seed in ours]) == pytest.approx(
+        {key: 0.75, f"{key} sd": 0.125 * 2**0.5})
+    row = study.paired(ours, theirs)
     assert row[key] == 0.25 and row[f"{key} sd"] == pytest.approx(0.125 * 2 * 2**0.5 / 2)
     # frame a alone gains 0.375, frame b alone 0.125
     assert (row[f"{key} low"], row[f"{key} high"]) == (0.125, 0.375)

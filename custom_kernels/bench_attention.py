@@ -11,6 +11,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from custom_kernels.attention import LONGEST_PRODUCTS, attention, by_run, packed, sdpa
 from custom_kernels.timing import event_seconds, peak_bytes, seconds, table
@@ -242,7 +243,8 @@ def gpu_candidates(name, runs, H, inputs, without):
     packs |= {label: lambda qkv, fn=fn: fn(*qkv.unbind(1)) for label, fn in stock.items()}
     apart, whole = [(x.unbind(1), do) for x, do in inputs], [([x], do) for x, do in inputs]
     error, forward, kernel, module = {}, {}, {}, {}
-    for label, fn in packs.items():
+    for label, fn in (bar := tqdm(packs.items(), desc=f"{name}, {H} heads", unit="way")):
+        bar.set_postfix_str(label)  # flex_attention compiles for a minute
         try:
             torch.full((2**28,), float("nan"), device="cuda")  # so that what is not written shows
             error[label] = wrong(fn, runs, *inputs[0])

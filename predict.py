@@ -385,7 +385,9 @@ def draw_timelines(table, loaded, labels, out):
                 tracks.append((key, [number.get(row[labels[key]]) for row in rows], head.classes))
         timed = all(row["seconds"] for row in rows)
         times = [float(row["seconds"]) for row in rows] if timed else range(len(rows))
-        path = out / f"timeline_{slug(video) or 'frames'}.png"
+        name = slug(video) or "frames"  # "a b" and "a-b" are two videos
+        path = next(path for n in itertools.count(1) if (
+            path := out / f"timeline_{name}{f'-{n}' if n > 1 else ''}.png") not in paths)
         figures.timeline(path, f"{video or 'frames'}: {NOTE}", times, tracks, seconds=timed)
         paths.append(path)
     return paths

@@ -128,7 +128,7 @@ FLAGS = {
         ("layerwise_decay", float, [0.9, 1.0, 0.9, 0.9, 1.0],
          "rate of each block relative to the block above; 1 = all alike"),
         ("patch_embed_lr", float, 0.2, "further factor on the patch embedding's rate"),
-        ("weight_decay", float, [0.04, 0.04, 0.04, 0.04, 0.04], "at the first step"),
+        ("weight_decay", float, 0.04, "at the first step"),
         ("weight_decay_end", float, [0.4, 0.2, 0.4, 0.4, 0.4], "at the last step"),
         ("momentum", float, [0.992, 0.994, 0.95, 0.99, 0.9],
          "of the teacher at the first step; 1 at the last. Lower it for short runs"),

@@ -126,15 +126,17 @@ def test_three_heads_take_one_pass(small, tmp_path, monkeypatch, capsys):
 
 
 def test_a_timeline_has_all_frames_of_its_video(small, tmp_path, monkeypatch):
-    """Also where a manifest names the frames of several videos in turn."""
+    """Also where a manifest names the frames of several videos in turn, and where two videos'
+    names differ in what a file's name cannot hold."""
     frames = sorted((small / "frames").rglob("*.png"), key=lambda path: path.name[1])
-    rows = [f"{path},{path.parent.name}" for path in frames]
+    names = {"video0": "video:1", "video1": "video-1"}
+    rows = [f"{path},{names[path.parent.name]}" for path in frames]
     (tmp_path / "manifest.csv").write_text("\n".join(["path,video", *rows]))
     drawn = {}
     monkeypatch.setattr(predict.figures, "timeline",
                         lambda path, title, times, *_, **__: drawn.update({path.name: len(times)}))
     run(small, tmp_path / "out", source=["--data", str(tmp_path / "manifest.csv")])
-    assert drawn == {"timeline_video0.png": 6, "timeline_video1.png": 6}
+    assert drawn == {"timeline_video-1.png": 6, "timeline_video-1-2.png": 6}
 
 
 def test_half_precision_stays_close(small, tmp_path):

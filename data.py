@@ -489,7 +489,7 @@ def load_limuc(root):
                   for part in ("train_and_validation_sets", "test_set"))
     paths, n = rest + test, len(rest)
     labels = np.array([classes.index(Path(path).parts[-2]) for path in paths])
-    groups = [patient(path) for path in paths]
+    groups = groups_of(root, paths, patient)
     test, lists = np.arange(n, len(paths)), root / "cross_validation_folds_train_val_info"
     if lists.is_dir():
         index = {Path(path).parts[-2:]: i for i, path in enumerate(rest)}
@@ -581,9 +581,10 @@ def load_pranet(root, test=None):
         raise FileNotFoundError(f"{root}: expected PraNet's TrainDataset and TestDataset/{test}, "
                                 f"found {found_in(root)}")
     (paths, masks), (test_paths, test_masks) = map(paired, sets)
-    train, val = hold_out(np.arange(len(paths)), [patient(p) for p in paths])
+    known, tested = groups_of(sets[0], paths, patient), groups_of(sets[1], test_paths, patient)
+    train, val = hold_out(np.arange(len(paths)), known)
     split = Split(train, val, np.arange(len(paths), len(paths) + len(test_paths)))
-    groups = [f"train/{patient(p)}" for p in paths] + [f"{test}/{patient(p)}" for p in test_paths]
+    groups = [f"train/{group}" for group in known] + [f"{test}/{group}" for group in tested]
     return Labelled(f"PraNet's split, test {test}", paths + test_paths, None, ("polyp",), groups,
                     masks + test_masks, [split], str(root))
 

@@ -259,7 +259,13 @@ def test_pranet(tmp_path):
     parts = split.train, split.val, split.test
     assert len(labelled.paths) == 24 and list(map(len, parts)) == [18, 2, 4]
     assert all("TestDataset/Kvasir/images" in labelled.paths[i] for i in split.test)
-    assert len(data.load_pranet(tmp_path, "CVC-300").splits[0].test) == 3
+    other = data.load_pranet(tmp_path, "CVC-300")
+    assert len(other.splits[0].test) == 3
+    names = [data.stem(other.paths[i]) for i in other.splits[0].test]
+    rows = ["file,group", *(f"{name},one sequence" for name in names)]
+    (tmp_path / "data/TestDataset/CVC-300/groups.csv").write_text("\n".join(rows))
+    groups = data.load_pranet(tmp_path, "CVC-300").groups
+    assert groups[20:] == 3 * ["CVC-300/one sequence"] and groups[:20] == other.groups[:20]
     with pytest.raises(FileNotFoundError, match="TestDataset/ETIS"):
         data.load_pranet(tmp_path, "ETIS-LaribPolypDB")
 
@@ -304,6 +310,10 @@ def test_limuc_official_folds(tmp_path):
             assert len(rows) == len(listed)
         assert all("test_set" in labelled.paths[i] for i in split.test) and len(split.test) == 24
     groups_stay_apart(labelled)
+    rows = [f"{os.path.relpath(path, tmp_path / 'LIMUC')},p{group}"
+            for path, group in zip(labelled.paths, labelled.groups)]
+    (tmp_path / "LIMUC/groups.csv").write_text("\n".join(["file,group", *rows]))
+    assert data.load_limuc(tmp_path).groups == [f"p{group}" for group in labelled.groups]
     doubled = [i for i, path in enumerate(labelled.paths) if path.endswith("UC_patient_3_9.bmp")]
     assert sorted(labelled.labels[doubled]) == [0, 1, 2, 3]
     (tmp_path / "LIMUC/train_and_validation_sets/Mayo 2/UC_patient_3_9.bmp").unlink()

@@ -11,7 +11,7 @@ trap 'exit 130' INT TERM
 cd "$(dirname "$0")"
 export PYTHONUNBUFFERED=1
 
-steps=${DEMO_STEPS:-120}
+steps=${DEMO_STEPS:-200}
 out=runs/demo${DEMO_STEPS:+-$DEMO_STEPS}
 python=${PYTHON:-.venv/bin/python}
 if ! "$python" -c 'import torchvision, tqdm' 2>/dev/null; then  # not there, or its set-up was stopped half-way
@@ -37,7 +37,8 @@ stage() {  # NAME COMMAND...: run the command unless it is done; what it prints 
 
 # shellcheck disable=SC2086  # DEMO_FRAMES holds several flags
 stage frames "$python" synthetic.py data/synthetic ${DEMO_FRAMES:-} --sheet "$out/synthetic.png"
-stage curation "$python" curate.py --data data/synthetic/unlabelled --out "$out/curated" --target "${DEMO_TARGET:-400}"
+stage curation "$python" curate.py --data data/synthetic/unlabelled --out "$out/curated" --target "${DEMO_TARGET:-250}" \
+    --duplicate 0.97  # synthetic frames of a video resemble each other more than real ones
 stage pretraining "$python" pretrain.py --arch vitt14 --recipe demo --data "$out/curated/manifest.csv" --out "$out" \
     --steps "$steps" --probe-every $((steps / 4 + 1))
 teacher=$out/teacher_$steps.pt  # not best.pt: of so few scores the best is chance
@@ -47,7 +48,7 @@ if [ ! -e "$teacher" ]; then  # a signal ended it, after it had saved
 fi
 stage landmarks "$python" probe_classify.py "$teacher" --size 98
 stage polyps "$python" probe_segment.py "$teacher" --heads linear --steps 200
-stage mes "$python" probe_mes.py "$teacher" --splits 3
+stage mes "$python" probe_mes.py "$teacher" --size 98 --splits 3
 heads=("$out/teacher_$steps".{landmarks.linear,polyps.linear,mes.ordinal}.pt)
 stage predictions "$python" predict.py "$teacher" --heads "${heads[@]}" --data data/synthetic/unlabelled/video0000 \
     --overlays 4 --out "$out/predicted"

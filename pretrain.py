@@ -677,7 +677,7 @@ def closing_words(out, args, log, frame):
     teacher, frame = out / f"teacher_{args.steps}.pt", shlex.quote(str(frame))
     went = f"; total loss {log.losses[0]:.3f} -> {log.losses[-1]:.3f}" if log.losses else ""
     unwell = f"; {len(log.warned)} warnings above" if log.warned else ""
-    return (f"done: {teacher} is the backbone, {out / 'log.jsonl'} its history{went}{unwell}\n"
+    return (f"done: {teacher} is the backbone{went} (log.jsonl beside it){unwell}\n"
             f"next: python probe_segment.py {teacher} --heads linear   # what it is worth, and a head\n"
             f"      python vit.py {teacher} {frame} --show {out / 'tokens.png'}   # what it sees")
 

@@ -42,6 +42,7 @@ TASKS = {"landmarks": "landmarks", "mes": "grades", "polyps": "polyps"}  # data.
 # nothing is chosen for a backbone, so that many compare
 FIXED = probe_classify.FEW_SHOT
 STEPS = 400  # of a polyp head
+KINDS = ["curated", "random", "all"]
 HEADS = {    # score: (head, its setting)
     "landmarks": {"accuracy": (probe_classify.linear_head, FIXED)},
     "mes": {"kappa, softmax": (probe_mes.softmax_head, FIXED | {"power": 1}),
@@ -67,8 +68,9 @@ def main(argv=None):
     data = pathlib.Path(args.data or synthetic.ensure() / "unlabelled")
     sets = open_all(args)  # a wrong folder ends here, not hours later
     for seed in args.seeds:
-        for kind, n, frames in choose_frames(data, out, args.targets, seed, args.exclude):
-            for arch in args.archs:
+        chosen = choose_frames(data, out, args.targets, seed, args.exclude)
+        for (kind, n, frames), arch in itertools.product(chosen, args.archs):
+            if kind in args.kinds:
                 start = ["--recipe", "demo"]
                 if arch in args.init:
                     start = ["--recipe", "adapt", "--init", args.init[arch]]
@@ -98,6 +100,8 @@ def parse(argv):
     flag("--init", nargs="+", default=[], metavar="ARCH=WEIGHTS",
          help="architectures that go on from released weights, with the recipe adapt, not demo")
     flag("--targets", type=int, nargs="+", default=[50, 100, 200], help="N (50 100 200)")
+    flag("--kinds", nargs="+", choices=KINDS, default=KINDS,
+         help="choices of frames to compare (curated random all)")
     flag("--archs", nargs="+", default=["vitt14", "vits14"],
          help="architectures (vitt14 vits14)")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2],

@@ -78,9 +78,11 @@ def test_study_of_given_frames_starts_from_given_weights(tmp_path, monkeypatch, 
     vit.save_backbone("w.pt", vit.build_vit("tiny", image_size=28), "tiny")
     study.main(f"--data {synthetic_set}/unlabelled --polyps {synthetic_set} {synthetic_set}/scope2 "
                f"--grades {synthetic_set} --init tiny=w.pt --targets 4 --archs tiny --seeds 0 "
+               "--kinds curated random "
                f"--exclude {synthetic_set}/scope2/Kvasir-SEG/images --out study {TINY}".split())
     rows = json.loads(pathlib.Path("study/study.json").read_text())
-    assert rows[0]["pre-trained on"] == "as released" and rows[0]["frames"] == 0
+    assert [(row["pre-trained on"], row["frames"]) for row in rows] == [
+        ("as released", 0), ("curated", 4), ("random", 4), ("curated - random", 4)]
     assert not any("landmarks" in key for key in rows[0])
     assert "polyps Dice, synthetic scope2" in rows[0]
     args = torch.load("study/tiny-4-curated-0/teacher_2.pt", weights_only=True)["args"]

@@ -71,7 +71,7 @@ def collapse_warnings(stats, n_prototypes, rows):
     warnings = []
     if stats["kl_to_uniform"] < 0.01 * math.log(n_prototypes):
         warnings.append("the teacher's output is uniform over the prototypes: lower "
-                        "--teacher-temp or raise --lr")
+                        "--teacher-temp or raise --lr (more in docs/help.md)")
     if rows >= 8 and stats["entropy_of_mean"] < 0.1 * math.log(min(rows, n_prototypes)):
         warnings.append("every frame falls on the same prototypes: use --centering sinkhorn, a "
                         "larger --batch or a lower --lr")

@@ -16,18 +16,19 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import augment  # noqa: E402
 import pretrain  # noqa: E402
 import vit  # noqa: E402
+from forked import fork  # noqa: E402
 
 TINY = dict(dim=32, depth=2, heads=2)  # in vit.ARCHS while these tests run, and in their processes
 
@@ -110,35 +111,34 @@ def free_ports(n):
 
 
 def spawn(argvs, world=1, others=None, torchrun=False, **kwargs):
-    """Start this file in `world` processes and return them, or the one torchrun that started them.
-    others: the argument lists of the processes other than the first, where they differ."""
+    """Start `life` in `world` processes and return them, or the one torchrun that starts this file in
+    them; see `fork`. others: the argument lists of the processes other than the first, where they
+    differ."""
     port = str(free_ports(len(argvs)))
-    argvs, others = (json.dumps([[str(a) for a in argv] for argv in lists])
-                     for lists in (argvs, others or argvs))
+    argvs, others = ([[str(a) for a in argv] for argv in lists] for lists in (argvs, others or argvs))
     # Sums are split among threads: as many as here, to compare to the bit
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads() if world == 1 else 1)}
-    kwargs |= dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", port]
-        return [subprocess.Popen([sys.executable, *launcher, __file__, argvs], env=env, **kwargs)]
+        words = ["--nproc-per-node", str(world), "--master-port", port, __file__, json.dumps(argvs)]
+        return [fork(torch.distributed.run.main, words, env=env, **kwargs)]
     if world > 1:
         env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for r in range(world):
         place = {"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {}
-        command = [sys.executable, __file__, others if r else argvs]
-        started.append(subprocess.Popen(command, env=env | place, **kwargs))
+        started.append(fork(life, others if r else argvs, env=env | place, **kwargs))
     return started
 
 
 def finish(processes, code=0):
     """Wait for processes to end with this code; returns what each wrote to its standard error."""
-    try:
-        outputs = [p.communicate(timeout=240)[1] for p in processes]
-    finally:
-        for p in processes:  # one of them may wait for another that has failed
-            p.kill()
-    assert all(p.returncode == code for p in processes), "\n".join(outputs)
+    for p in processes:
+        p.join(240)
+    ended = [p.exitcode for p in processes]
+    for p in processes:  # one of them may wait for another that has failed
+        p.kill()
+    outputs = [p.output.read() for p in processes]
+    assert ended == [code] * len(processes), "\n".join(outputs)
     return outputs
 
 
@@ -240,10 +240,14 @@ def work_off(argvs, rank):
     return failed
 
 
-if __name__ == "__main__":
+def life(argvs):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     vit.ARCHS["tiny"] = TINY
     vit.atomic_save = keep_every(vit.atomic_save)
-    code = min(1, work_off(json.loads(sys.argv[1]), int(os.environ.get("RANK", 0))))
-    sys.stdout.flush()
+    code = min(1, work_off(argvs, int(os.environ.get("RANK", 0))))
     sys.stderr.flush()
     os._exit(code)  # several process groups in one life: gloo's threads may abort a normal exit
+
+
+if __name__ == "__main__":
+    life(json.loads(sys.argv[1]))

@@ -29,8 +29,8 @@ def wait_for(condition, processes=(), seconds=120):
     """Until the condition holds, while the processes live."""
     end = time.monotonic() + seconds
     while not condition():
-        ended = [p for p in processes if p.poll() is not None]
-        assert time.monotonic() < end and not ended, [p.stderr.read() for p in ended]
+        ended = [p for p in processes if p.exitcode is not None]
+        assert time.monotonic() < end and not ended, [p.output.read() for p in ended]
         time.sleep(0.002)
 
 
@@ -59,10 +59,10 @@ def test_killed_and_resumed_equals_never_stopped(frames, unbroken, tmp_path, wor
     for up to ten seconds."""
     unbroken, more = unbroken(precision), ["--precision", precision]
     argv = flags(frames, tmp_path, *more, steps=30, workers=workers)
-    (process,) = spawn([argv], start_new_session=True)
+    (process,) = spawn([argv], new_session=True)
     wait_for(lambda: logged(tmp_path) >= 4 + workers, [process])
     process.kill()
-    process.wait()
+    process.join()
     killed = time.monotonic()
     assert 2 <= final(tmp_path)["step"] < 30
     run(frames, tmp_path, *more, steps=30, workers=workers)
@@ -75,11 +75,11 @@ def test_workers_that_wait_for_a_disk_end_with_a_killed_trainer(frames, tmp_path
     shutil.copytree(frames, tmp_path / "frames")
     os.mkfifo(tmp_path / "frames" / "zz.png")  # whoever opens it waits
     argv = flags(tmp_path / "frames", tmp_path, steps=30, workers=2)
-    (process,) = spawn([argv], start_new_session=True)
+    (process,) = spawn([argv], new_session=True)
     wait_for(lambda: logged(tmp_path) >= 1, [process])
     time.sleep(1)
     process.kill()
-    process.wait()
+    process.join()
     wait_for(lambda: gone(process.pid), seconds=10)
 
 
@@ -113,14 +113,14 @@ def pair(frames, tmp_path_factory):
 def test_two_killed_processes_resume_to_the_bit(frames, tmp_path, pair, workers):
     """Under torchrun; at once, though workers of the killed ones may live for up to ten seconds."""
     argv = flags(frames, tmp_path, "--save-every", 4, steps=30, workers=workers)
-    (launcher,) = spawn([argv], world=2, torchrun=True, start_new_session=True)
+    (launcher,) = spawn([argv], world=2, torchrun=True, new_session=True)
     wait_for((tmp_path / "last.pt").exists, [launcher])
     trainers = children(launcher)
     for pid in [launcher.pid, *trainers]:
         os.kill(pid, signal.SIGKILL)
-    launcher.wait()
+    launcher.join()
     assert len(trainers) == 2 and final(tmp_path)["step"] < 30
-    finish(spawn([argv], world=2, torchrun=True))
+    finish(spawn([argv], world=2))
     assert len(log(tmp_path)) == 30
     assert_same_run(tmp_path, pair[0]("unbroken"))
 
@@ -129,12 +129,13 @@ def test_two_killed_processes_resume_to_the_bit(frames, tmp_path, pair, workers)
 def test_signals_to_the_whole_group_lose_nothing(frames, unbroken, tmp_path, pair, torchrun, workers):
     """As a queue sends them: to the launcher, and to everybody twice."""
     argv = flags(frames, tmp_path, "--save-every", 1000, steps=30, workers=workers)
-    (process,) = spawn([argv], world=1 + torchrun, torchrun=torchrun, start_new_session=True)
+    (process,) = spawn([argv], world=1 + torchrun, torchrun=torchrun, new_session=True)
     wait_for(lambda: logged(tmp_path) >= 3, [process])
     for group in [*(children(process) if torchrun else []), process.pid, process.pid]:
         os.killpg(group, signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
-    assert torchrun or process.returncode == 0, errors
+    process.join(60)
+    errors = process.output.read()
+    assert process.exitcode is not None and (torchrun or process.exitcode == 0), errors
     assert "DataLoader" not in errors
     assert 3 <= final(tmp_path)["step"] == logged(tmp_path) < 30
     expected = log(pair[0]("unbroken") if torchrun else unbroken("fp32"))

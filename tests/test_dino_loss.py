@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import both
 from torch.testing import assert_close
 
 from dino_loss import (DINOHead, centered_softmax, collapse_stats, dino_loss, ibot_loss,
@@ -158,7 +158,7 @@ def one_of_two_processes(rank, folder):
 
 
 def test_two_processes_with_different_row_counts_give_the_one_process_result(tmp_path):
-    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    both(one_of_two_processes, str(tmp_path))
     parts = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     logits = torch.randn(16, 33, generator=torch.Generator().manual_seed(2))
     for name, x in {"targets": logits, "wide": logits * 100, "with_empty": logits}.items():

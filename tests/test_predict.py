@@ -2,9 +2,7 @@
 import csv
 import json
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -19,9 +17,9 @@ import frozen
 import heads
 import predict
 import vit
+from forked import fork
 from test_frozen import work  # noqa: F401
 
-ROOT = pathlib.Path(predict.__file__).parent
 LANDMARKS, MES, POLYPS = "landmarks.linear", "mes.ordinal", "polyps.linear"
 
 
@@ -273,16 +271,14 @@ def test_a_killed_video_run_goes_on(small, tmp_path, fake_ffmpeg, monkeypatch):
     run(small, tmp_path / "whole", source=fake_ffmpeg)
     monkeypatch.setenv("FAKE_PAUSE", "0.2")
     names = [str(small / f"A.{name}.pt") for name in (LANDMARKS, MES, POLYPS)]
-    command = [sys.executable, str(ROOT / "predict.py"), str(small / "A.pt"), "--heads", *names,
-               *fake_ffmpeg, "--out", str(tmp_path / "out"), "--precision", "fp32",
-               "--device", "cpu", "--batch", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = fork(predict.main, [
+        str(small / "A.pt"), "--heads", *names, *fake_ffmpeg, "--out", str(tmp_path / "out"),
+        "--precision", "fp32", "--device", "cpu", "--batch", "1"])
     path = tmp_path / "out" / "predictions.csv"
     while not path.exists() or path.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None
+        assert process.exitcode is None, process.output.read()
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.join()
     monkeypatch.setenv("FAKE_PAUSE", "0")
     run(small, tmp_path / "out", source=fake_ffmpeg)
     assert path.read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
@@ -292,16 +288,17 @@ def test_ctrl_c_keeps_what_was_read(small, tmp_path, fake_ffmpeg, monkeypatch):
     """The terminal sends it to everyone in the group; ffmpeg is not to die of it."""
     monkeypatch.setenv("FAKE_PAUSE", "0.2")
     film = tmp_path / "annotated.mp4"
-    command = [sys.executable, str(ROOT / "predict.py"), str(small / "A.pt"), *fake_ffmpeg,
-               "--heads", str(small / "A.mes.ordinal.pt"), "--out", str(tmp_path / "out"),
-               "--precision", "fp32", "--device", "cpu", "--batch", "2", "--save-video", str(film)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = fork(predict.main, [
+        str(small / "A.pt"), *fake_ffmpeg, "--heads", str(small / "A.mes.ordinal.pt"),
+        "--out", str(tmp_path / "out"), "--precision", "fp32", "--device", "cpu", "--batch", "2",
+        "--save-video", str(film)], new_session=True)
     path = tmp_path / "out" / "predictions.csv"
     while not path.exists() or path.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None
+        assert process.exitcode is None, process.output.read()
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate()[0]
-    assert process.returncode == 0 and "the same command goes on from here" in said
+    process.join()
+    said = process.output.read()
+    assert process.exitcode == 0 and "the same command goes on from here" in said
     assert (tmp_path / "out" / "summary.json").exists() and film.read_text().endswith("frames")
 
 

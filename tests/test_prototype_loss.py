@@ -15,8 +15,8 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from attention_aot import read
+from forked import both
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -354,7 +354,7 @@ def one_of_two_processes(rank, folder):
 
 @pytest.mark.skipif(INTERPRETED, reason="whoever computes the operators, the sums are the same")
 def test_two_processes_with_different_row_counts_ddp_and_fsdp(fused, tmp_path):
-    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    both(one_of_two_processes, str(tmp_path))
     logits, x = logits_and_inputs()
     head, loss = head_and_loss()
     loss(head, x).backward()

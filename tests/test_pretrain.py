@@ -143,15 +143,16 @@ def test_bad_flags_are_named(frames, tmp_path, capsys, more, sentence):
 # --- does it learn? ----------------------------------------------------------------------------
 
 
-def test_learns_and_is_watched_on_synthetic_frames(tmp_path, capsys):
+def test_learns_and_is_watched_on_synthetic_frames(tmp_path, monkeypatch, capsys, synthetic_set):
     """A short run on simulated videos: every term falls below chance, the prototypes stay in
     use, and the online probe keeps the best teacher whatever its loss."""
     import synthetic
+    monkeypatch.setattr(synthetic, "labelled_jobs", lambda *_: [])  # the videos alone
     synthetic.ensure(tmp_path / "frames", videos=4, frames=8, scale=0.05, size=80, workers=0)
     argv = flags(tmp_path / "frames" / "unlabelled", tmp_path / "run", "--precision", "auto",
                  "--local-crops", 1, "--head-hidden", 128, "--bottleneck", 256, "--lr", 0.03,
                  "--global-scale", 0.8, 1, "--local-scale", 0.5, 1, "--save-every", "10m",
-                 "--probe-every", 100, "--probe-data", tmp_path / "frames", steps=200, batch=16)
+                 "--probe-every", 100, "--probe-data", synthetic_set, steps=200, batch=16)
     pretrain.main([str(a) for a in argv])
     lines = log(tmp_path / "run")
     steps, probes = [r for r in lines if "loss" in r], [r for r in lines if "probe" in r]

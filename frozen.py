@@ -47,9 +47,6 @@ def backbones(args):
     All are read, on the CPU, before the first of them is computed with for an hour. In
     evaluation mode, gradients off. Names are the paths as given, and "random initialisation
     (ARCH)"."""
-    absent = [c for c in args.checkpoints if not os.path.isfile(c) and c not in vit.RELEASED]
-    if absent:
-        raise SystemExit(f"{', '.join(absent)}: no such checkpoint file")
     found, shapes = [], {}
     for path in args.checkpoints:
         with one_sentence():

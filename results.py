@@ -87,6 +87,9 @@ def prepare(args, task):
         args.against = same_file(args.against, args.checkpoints) or args.against
         if args.against not in args.checkpoints:
             args.checkpoints.append(args.against)
+    absent = [c for c in args.checkpoints if not os.path.isfile(c) and c not in vit.RELEASED]
+    if absent:
+        raise SystemExit(f"{', '.join(absent)}: no such checkpoint file")
     first = args.checkpoints[0] if args.checkpoints else "runs/random.pt"
     args.json = pathlib.Path(args.out or pathlib.Path(first).with_suffix(f".{task}.json"))
     if args.json.is_dir():

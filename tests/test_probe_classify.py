@@ -545,6 +545,8 @@ def test_one_sentence_for_wrong_inputs(quick, tmp_path):
     assert str(tmp_path / "file") in words and "give --out a file in another folder" in words
     assert "is a folder: give the name of a JSON file" in sentence("--out", tmp_path)
     assert sentence("b.pt", "absent.pt") == "absent.pt: no such checkpoint file"
+    assert "no such checkpoint file" in sentence(tmp_path / "typing error/b.pt")
+    assert not (tmp_path / "typing error").exists()  # said before anything is made
     (tmp_path / "notes.pt").write_text("not a checkpoint")
     assert "notes.pt is not a PyTorch checkpoint" in sentence(tmp_path / "notes.pt")
     torch.save({"optimizer": {}, "step": 3}, tmp_path / "last.pt")

@@ -92,7 +92,8 @@ def pytest_runtestloop(session):
     process that has seen one bears no fork."""
     config = session.config
     alone = config.option.collectonly or config.option.usepdb or session.testsfailed
-    files = [list(tests) for _, tests in itertools.groupby(session.items, lambda item: item.path)]
+    files = [list(tests) for _, tests in itertools.groupby(
+        session.items, lambda item: (item.path, child_of(item) is not None))]
     last = [tests for tests in files if child_of(tests[0])]  # their processes are the first's
     shared = [tests for tests in files if not child_of(tests[0])]
     if alone or len(shared) < 2 or cores() < 2 or torch.cuda.is_available():

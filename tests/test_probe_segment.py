@@ -291,12 +291,14 @@ SMALL = ("--size 28 --boosted-size 42 --scales 1 1.33 --steps 12 --dpt-channels 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Two trees and a checkpoint."""
+    """Two trees and a checkpoint, of an architecture with a third of its blocks."""
     root = tmp_path_factory.mktemp("segment")
     trees = disc_tree(root / "one"), disc_tree(root / "two", seed=1, colour=20)
     torch.manual_seed(5)
-    vit.save_backbone(root / "b.pt", vit.build_vit("vitt14", image_size=56), "vitt14", step=7)
-    return root, trees
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vit.ARCHS, "vitt14", vit.ARCHS["vitt14"] | {"depth": 4})
+        vit.save_backbone(root / "b.pt", vit.build_vit("vitt14", image_size=56), "vitt14", step=7)
+        yield root, trees
 
 
 def run(root, trees, out):
@@ -394,7 +396,7 @@ def test_one_sentence_for_wrong_inputs(tmp_path, workplace):
         seg.main(["--size", "0"])
     bad = vit.build_vit("vitt14", image_size=56)
     with torch.no_grad():
-        bad.blocks[7].mlp.fc1.weight[0, 0] = float("nan")
+        bad.blocks[3].mlp.fc1.weight[0, 0] = float("nan")
     vit.save_backbone(tmp_path / "nan.pt", bad, "vitt14")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="nan.pt.*finite"):
         patch.setattr(seg, "prior", lambda *a: pytest.fail("work began"))

@@ -168,8 +168,9 @@ SMALL = {  # added to a command: as few frames, pixels and steps as it takes
 @pytest.fixture
 def laid_out(tmp_path, monkeypatch, synthetic_set, few_draws, fake_ffmpeg):  # noqa: F811
     """A folder with all that the README's commands name, from synthetic frames of 64 pixels; it is the
-    working directory, on one thread."""
+    working directory, on one thread. A third of the blocks are enough."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vit.ARCHS, "vitt14", vit.ARCHS["vitt14"] | {"depth": 4})
     (tmp_path / "data").mkdir()
     (tmp_path / "data/synthetic").symlink_to(synthetic_set)
     for name in ("Kvasir-SEG", "hyper-kvasir", "LIMUC"):

@@ -27,6 +27,17 @@ def synthetic_set(tmp_path_factory):
     return synthetic.ensure(root, videos=2, frames=6, scale=.05, size=64, workers=0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def loose_pictures():
+    """PNG files are packed loosely: tightly takes a quarter of some tests."""
+    import figures
+    save = figures.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda picture, path, **options: save(
+            picture, path, **{"compress_level": 1} | options))
+        yield
+
+
 @pytest.fixture
 def few_draws(monkeypatch):
     """Probes with 20 draws in each interval, 2 of few labels and 2 settings a head: all of their code

@@ -157,7 +157,8 @@ def run_second(session, files, untaken, reports):
                 found = config.hook.pytest_report_to_serializable(config=config, report=report)
                 print(repr(found), file=file)
         plugins.register(Reports())
-        for tests in taken(files, untaken):
+        first = os.getppid()
+        for tests in itertools.takewhile(lambda _: os.getppid() == first, taken(files, untaken)):
             run(session, tests)
         plugins.getplugin("runner").pytest_sessionfinish(session)  # ends what all tests share
 

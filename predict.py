@@ -385,9 +385,11 @@ def draw_timelines(table, loaded, labels, out):
                 tracks.append((key, [number.get(row[labels[key]]) for row in rows], head.classes))
         timed = all(row["seconds"] for row in rows)
         times = [float(row["seconds"]) for row in rows] if timed else range(len(rows))
-        name = slug(video) or "frames"  # "a b" and "a-b" are two videos
-        path = next(path for n in itertools.count(1) if (
-            path := out / f"timeline_{name}{f'-{n}' if n > 1 else ''}.png") not in paths)
+        name, n = slug(video) or "frames", 1
+        path = out / f"timeline_{name}.png"
+        while path in paths:  # "a b" and "a-b" are two videos
+            n += 1
+            path = out / f"timeline_{name}-{n}.png"
         figures.timeline(path, f"{video or 'frames'}: {NOTE}", times, tracks, seconds=timed)
         paths.append(path)
     return paths

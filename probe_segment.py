@@ -366,18 +366,19 @@ def fixed_head_dice(args, model, labelled, fit, score, mirror=True):
     """Mean Dice on the frames `score` of a linear head of fixed rate fitted on the frames `fit`,
     with `mirror` also on their mirror images."""
     head = fixed_head(args, model, labelled, fit, mirror)
-    return float(head_dice(args, model, head, "linear", labelled, score).mean())
+    return float(head_dice(args, model, head, labelled, score).mean())
 
 
 def fixed_head(args, model, labelled, fit, mirror=True):
+    """A linear head of fixed rate, fitted on these frames."""
     tokens = tokens_of(args, model, "linear", labelled, fit, mirror)
     masks = masks_of(labelled, fit, args.sizes["linear"])
     return trained_head(args, model, "linear", tokens, masks, FEW_SHOT["lr"], args.seed)
 
 
-def head_dice(args, model, head, kind, labelled, rows):
-    """(n,) Dice of a head on frames, from kept tokens."""
-    tokens = tokens_of(args, model, kind, labelled, rows, mirror=False)
+def head_dice(args, model, head, labelled, rows):
+    """(n,) Dice of a linear head on frames, from kept tokens."""
+    tokens = tokens_of(args, model, "linear", labelled, rows, mirror=False)
     return frame_dice(head, tokens, masks_of(labelled, rows), precision_of(args))
 
 

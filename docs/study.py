@@ -61,6 +61,11 @@ class Run(NamedTuple):
     flags: list = None
     weights: str = None
 
+    @property
+    def folder(self):
+        """Its name below --out."""
+        return f"{self.arch}-{self.frames}-{self.kind.replace(' ', '-')}-{self.seed}"
+
 
 def main(argv=None):
     args, flags = parse(argv)
@@ -74,15 +79,16 @@ def main(argv=None):
                 start = ["--recipe", "demo"]
                 if arch in args.init:
                     start = ["--recipe", "adapt", "--init", args.init[arch]]
-                runs.append(Run(arch, n, kind, seed, [
+                run = Run(arch, n, kind, seed)
+                runs.append(run._replace(flags=[
                     *frames, "--arch", arch, *start, "--seed", str(seed), *flags,
-                    "--out", str(out / f"{arch}-{n}-{kind}-{seed}")]))
+                    "--out", str(out / run.folder)]))
     pretrain_all([run.flags for run in runs], args.jobs)
     for arch in args.archs:
         start = "as released" if arch in args.init else "random initialisation"
         seeds = args.seeds[:1] if arch in args.init else args.seeds
         runs += [Run(arch, 0, start, seed, weights=args.init.get(arch)) for seed in seeds]
-    answers = score_all(args, runs)
+    answers = score_all(args, sets, runs)
     report(args, runs, answers, sets)
 
 
@@ -112,6 +118,9 @@ def parse(argv):
     flag("--out", default="runs/study",
          help="folder of all runs; other flags want another (runs/study)")
     args, flags = parser.parse_known_args(argv)
+    for pair in args.init:
+        if "=" not in pair:
+            parser.error(f"--init {pair}: give an architecture and its weights, ARCH=WEIGHTS")
     args.init = dict(pair.split("=", 1) for pair in args.init)
     shape = pretrain.parse(["--recipe", "demo", *flags])  # a wrong flag ends here
     args.size, args.device = args.size or shape.global_size, shape.device
@@ -167,21 +176,20 @@ def open_all(args):
             for task, (own, *others) in roots.items()}
 
 
-def score_all(args, runs):
+def score_all(args, sets, runs):
     """Every run's answers on the test frames, `jobs` runs at a time: see answer."""
     if args.jobs == 1:
-        return [answer(args, run) for run in tqdm(runs, desc="heads", unit="run")]
+        return [answer(args, sets, run) for run in tqdm(runs, desc="heads", unit="run")]
     spawned = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, spawned) as pool:
-        found = pool.map(answer, itertools.repeat(args), runs)
+        found = pool.map(answer, itertools.repeat(args), itertools.repeat(sets), runs)
         return list(tqdm(found, total=len(runs), desc="heads", unit="run"))
 
 
-def answer(args, run):
+def answer(args, sets, run):
     """{column: what the heads say of each test frame}: Dice (n,) float, or labels (splits, n) int,
     -1 where a split does not test the frame. Kept in the run's folder."""
-    name = f"{run.arch}-{run.frames}-{run.kind.replace(' ', '-')}-{run.seed}"
-    kept = pathlib.Path(args.out) / name / f"answers-{args.size}.npz"
+    kept = pathlib.Path(args.out) / run.folder / f"answers-{args.size}.npz"
     if kept.exists():
         with np.load(kept) as file:
             return dict(file)
@@ -194,9 +202,9 @@ def answer(args, run):
     model.to(args.device).eval().requires_grad_(False)
     found = {}
     with tempfile.TemporaryDirectory() as features:
-        for task, (labelled, sets) in open_all(args).items():
+        for task, (labelled, opened) in sets.items():
             ask = segment if task == "polyps" else classify
-            found |= ask(args, model, task, labelled, sets, features)
+            found |= ask(args, model, task, labelled, opened, features)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with vit.replacing(kept) as temporary, open(temporary, "wb") as file:
         np.savez(file, **found)
@@ -224,7 +232,7 @@ def segment(args, model, task, labelled, sets, folder):
                                  "--device", args.device, "--features", folder])
     head = probe_segment.fixed_head(flags, model, labelled, labelled.splits[0].train)
     return {column(task, "Dice", tested): probe_segment.head_dice(
-        flags, model, head, "linear", tested.labelled, tested.rows[0]) for tested in sets}
+        flags, model, head, tested.labelled, tested.rows[0]) for tested in sets}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -265,22 +273,23 @@ def measured(sets, found):
 
 
 def measure(task, score, tested, found):
-    said = found[column(task, score, tested)]
+    name = column(task, score, tested)
+    said = found[name]
     if task == "polyps":
-        return probe_segment.measure(said[:, None], probe_segment.groups_of(tested))
+        return results.Measured(probe_segment.groups_of(tested),
+                                lambda draw: {name: float(said[draw].mean())})
 
     def metrics(true, pred, prob):
         if task == "landmarks":
-            return {score: probe_classify.accuracy(true, pred)}
-        return {score: probe_mes.quadratic_kappa(true, pred, len(tested.labelled.classes))}
+            return {name: probe_classify.accuracy(true, pred)}
+        return {name: probe_mes.quadratic_kappa(true, pred, len(tested.labelled.classes))}
     said = torch.from_numpy(said).long()
     return results.measure(metrics, tested.labelled, results.Answers(said, said))
 
 
 def values(measured):
     """{column: its score on all test frames}"""
-    return {k: score for k, m in measured.items()
-            for score in m.score(np.arange(len(m.groups))).values()}
+    return {k: m.score(np.arange(len(m.groups)))[k] for k, m in measured.items()}
 
 
 def spread(each):
@@ -298,8 +307,8 @@ def paired(ours, theirs):
                   for a, b in zip(map(values, ours), map(values, theirs))])
     for k in ours[0]:
         def gain(draw):
-            gains = [results.gained(a[k], b[k], draw) for a, b in zip(ours, theirs)]
-            return {k: np.mean([list(one.values()) for one in gains])}
+            gains = [results.gained(a[k], b[k], draw)[k] for a, b in zip(ours, theirs)]
+            return {k: np.mean(gains)}
         row |= results.interval_of(results.Measured(ours[0][k].groups, gain), seed=0)
     return row
 

@@ -1,6 +1,5 @@
 """docs/study.py and docs/search.py from end to end, on a few frames of 64 pixels and a tiny
 architecture."""
-import functools
 import json
 import pathlib
 import re
@@ -24,7 +23,7 @@ TINY = ("--steps 2 --batch 4 --global-size 28 --local-size 28 --local-crops 2 --
 CURATE = "--sharp 0 9 --workers 0 --device cpu"  # so few pixels are blurred
 
 
-def test_study_trains_and_scores(tmp_path, monkeypatch, capsys, synthetic_set):
+def test_study_trains_and_scores(tmp_path, monkeypatch, capsys, synthetic_set, few_draws):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(vit.ARCHS, "tiny", dict(dim=32, depth=2, heads=2))
     monkeypatch.setattr(synthetic, "ensure", lambda: synthetic_set)
@@ -36,8 +35,6 @@ def test_study_trains_and_scores(tmp_path, monkeypatch, capsys, synthetic_set):
             trained.append(flags)
             pretrain.main(flags)
     monkeypatch.setattr(study, "STEPS", 4)
-    monkeypatch.setattr(results, "bootstrap_interval",
-                        functools.partial(results.bootstrap_interval, n=20))
     monkeypatch.setattr(study, "pretrain_all", train)
     study.main(f"--targets 4 --archs tiny --seeds 0 1 --out study {TINY}".split())
     out = capsys.readouterr().out
@@ -64,7 +61,8 @@ def test_study_trains_and_scores(tmp_path, monkeypatch, capsys, synthetic_set):
     assert json.loads(pathlib.Path("study/study.json").read_text()) == rows
 
 
-def test_study_of_given_frames_starts_from_given_weights(tmp_path, monkeypatch, synthetic_set):
+def test_study_of_given_frames_starts_from_given_weights(tmp_path, monkeypatch, synthetic_set,
+                                                         few_draws):
     """The same sets as folders of one's own: a second root is tested on whole; an architecture with
     --init takes the recipe adapt, and its first row is of the weights as released."""
     monkeypatch.chdir(tmp_path)
@@ -72,8 +70,6 @@ def test_study_of_given_frames_starts_from_given_weights(tmp_path, monkeypatch, 
     choose = curate.main
     monkeypatch.setattr(study.curate, "main", lambda argv: choose(argv + CURATE.split()))
     monkeypatch.setattr(study, "STEPS", 4)
-    monkeypatch.setattr(results, "bootstrap_interval",
-                        functools.partial(results.bootstrap_interval, n=20))
     monkeypatch.setattr(study, "pretrain_all", lambda runs, jobs: [*map(pretrain.main, runs)])
     vit.save_backbone("w.pt", vit.build_vit("tiny", image_size=28), "tiny")
     study.main(f"--data {synthetic_set}/unlabelled --polyps {synthetic_set} {synthetic_set}/scope2 "
@@ -87,6 +83,8 @@ def test_study_of_given_frames_starts_from_given_weights(tmp_path, monkeypatch, 
     assert "polyps Dice, synthetic scope2" in rows[0]
     args = torch.load("study/tiny-4-curated-0/teacher_2.pt", weights_only=True)["args"]
     assert args["recipe"] == "adapt" and args["init"] == "w.pt"
+    with pytest.raises(SystemExit):
+        study.parse(["--init", "w.pt"])
 
 
 def test_a_run_that_has_a_teacher_is_not_repeated_and_a_failed_one_ends_the_study(tmp_path):

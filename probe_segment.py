@@ -119,11 +119,12 @@ def mirrored_tokens(model, paths, kind, size, mirror, dtype, batch=8):
     (blocks, norm), device = blocks_of(kind, model.depth), next(model.parameters()).device
     read = functools.partial(read_batch, size=size, view="stretch")
     for images in batches(paths, read, batch, device):
+        images = images.to(device)
         views = [images, images.flip(-1)][: 1 + mirror]
-        tokens = [block_tokens(model, x.to(device), blocks, norm, dtype).cpu() for x in views]
+        tokens = [block_tokens(model, x, blocks, norm, dtype) for x in views]
         tokens = torch.stack(tokens, 1).half()
         check_finite(model, tokens)
-        yield tokens
+        yield tokens.cpu()
 
 
 def frozen_tokens(model, paths, kind, size, mirror, folder="features", dtype=torch.float32):

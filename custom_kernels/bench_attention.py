@@ -162,16 +162,16 @@ def on_gpu(args):
             gpu_table(name, runs, H, getattr(torch, args.dtype), copied, args.runs, args.without)
 
 
-def stock_attention(runs, H):
+def stock_attention(runs, device="cuda"):
     """{name: function(q, k, v) -> out}, all (T, H, 64): what PyTorch brings for packed
     sequences."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    lengths = torch.tensor([n for count, n in runs for _ in range(count)], device="cuda")
+    lengths = torch.tensor([n for count, n in runs for _ in range(count)], device=device)
     starts, longest = F.pad(lengths.cumsum(0), (1, 0)), int(lengths.max())
-    document = torch.arange(len(lengths), device="cuda").repeat_interleave(lengths)  # (T,)
-    inside = torch.arange(longest, device="cuda") < lengths[:, None]        # (sequences, longest)
-    rows = (starts[:-1, None] + torch.arange(longest, device="cuda")).where(inside, 0)
+    document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # (T,)
+    inside = torch.arange(longest, device=device) < lengths[:, None]        # (sequences, longest)
+    places = inside.flatten().nonzero()[:, 0]  # (T,) of the tokens among the padded ones
     cache = {}
 
     def per_run(backend, q, k, v):
@@ -180,9 +180,12 @@ def stock_attention(runs, H):
             return packed([F.scaled_dot_product_attention(*part) for part in parts])
 
     def padded(q, k, v):
-        q, k, v = (x[rows].transpose(1, 2) for x in (q, k, v))
+        # tokens are written into zeros: reading one row for all of the padding would have the
+        # backward pass add them up one by one, for minutes
+        q, k, v = (x.new_zeros(inside.numel(), *x.shape[1:]).index_copy(0, places, x)
+                   .unflatten(0, inside.shape).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, inside[:, None, None])
-        return out.transpose(1, 2)[inside]
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
     def varlen(q, k, v):
         from torch.nn.attention.varlen import varlen_attn
@@ -192,7 +195,7 @@ def stock_attention(runs, H):
         if not cache:
             def same(b, h, i, j):
                 return document[i] == document[j]
-            mask = create_block_mask(same, None, None, len(q), len(q), "cuda", _compile=True)
+            mask = create_block_mask(same, None, None, len(q), len(q), device, _compile=True)
             cache.update(mask=mask, fn=torch.compile(flex_attention, dynamic=False))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))               # (1, H, T, 64) each
         return cache["fn"](q, k, v, block_mask=cache["mask"])[0].transpose(0, 1)
@@ -237,7 +240,7 @@ OURS = {"ours": "triton", "what auto picks": "auto"}
 def gpu_candidates(name, runs, H, inputs, without):
     """{label: error}, and {label: function} of the forward, kernel and module level: of those
     that take these inputs and are in this PyTorch."""
-    stock = {label: fn for label, fn in stock_attention(runs, H).items()
+    stock = {label: fn for label, fn in stock_attention(runs).items()
              if not label.removeprefix("SDPA ").startswith(tuple(without))}
     packs = {label: functools.partial(attention, runs=runs, impl=OURS[label]) for label in OURS}
     packs |= {label: lambda qkv, fn=fn: fn(*qkv.unbind(1)) for label, fn in stock.items()}

@@ -609,6 +609,20 @@ def test_benchmark_on_a_cpu(capsys, monkeypatch):
 
 
 @here_only
+def test_padded_competitor():
+    """Right, and its backward pass adds no rows up: those of the padding would be thousands at one
+    place."""
+    runs = ((2, 5), (3, 3))
+    qkv, dout = bench_attention.example(runs, 2, torch.float32, "cpu")
+    padded = bench_attention.stock_attention(runs, "cpu")["SDPA padded and masked"]
+    with Names() as mode:
+        found = bench_attention.gradient(lambda x: padded(*x.unbind(1)), [qkv], dout)
+    assert_close(padded(*qkv.unbind(1)), sdpa(qkv, runs))
+    assert_close(found, bench_attention.gradient(lambda x: sdpa(x, runs), [qkv], dout))
+    assert not any("index_put" in name for name in mode.names)
+
+
+@here_only
 def test_how_far_products_win():
     """(length, library's seconds, products' seconds): to the first length at which the products
     lose by more than 3 %."""

@@ -8,11 +8,12 @@
 # KVASIR_SEG    images/, masks/, train.txt, val.txt: the images of train.txt join the pre-training, those of val.txt test
 # OTHER_POLYPS  another hospital's images/ and masks/, tested on alone; HYPER_KVASIR its ulcerative colitis grades
 #
-# The results lie in runs/adapted (ADAPT_OUT). Stopped half-way, the same command goes on. ADAPT_FLAGS are for pretrain.py.
+# The results lie in runs/adapted (ADAPT_OUT). Stopped half-way, the same command goes on. ADAPT_FLAGS are for pretrain.py:
+# without a GPU it takes 450 steps, so that all of it ends within an hour of two cores; ADAPT_FLAGS="--steps 900" takes the recipe's.
 set -euo pipefail
 trap 'exit 130' INT TERM
 if [ $# -lt 3 ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 weights=$1 frames=$2 kvasir=$3 other=${4:-} grades=${5:-}
@@ -39,9 +40,14 @@ with open(f"{out}/test.txt", "w") as file:
 print(f"{out}/frames.csv: {len(frames)} frames and {len(rows) - len(frames)} training images of {kvasir}")
 END
 
-# shellcheck disable=SC2086  # ADAPT_FLAGS holds several flags
+steps=$("$python" - <<'END'
+import torch
+print("" if torch.cuda.is_available() else "--steps 450")
+END
+)
+# shellcheck disable=SC2086  # both hold several words; of a flag that is given twice the last holds
 "$python" "$here/pretrain.py" --recipe adapt --arch "${ADAPT_ARCH:-vits14}" --init "$weights" --data "$out/frames.csv" \
-    --out "$out" ${ADAPT_FLAGS:-}
+    --out "$out" $steps ${ADAPT_FLAGS:-}
 # its heads, teacher_900.polyps.linear.pt, come to lie beside it; none is there if a signal ended the run
 teacher=$(find "$out" -maxdepth 1 -regex '.*/teacher_[0-9]*\.pt' | sort -V | tail -n 1)
 [ -n "$teacher" ] || exit 130

@@ -379,6 +379,8 @@ def test_adapt_hands_its_arguments_on(tmp_path, parsers):
     assert [call[0] for call in calls] == ["pretrain.py", "probe_segment.py", "probe_mes.py", "vit.py"]
     for script, *argv in calls:
         main(script.removesuffix(".py"), argv)
+    steps = [value for flag, value in itertools.pairwise(calls[0]) if flag == "--steps"]
+    assert steps == ["450", "7"][torch.cuda.is_available():]  # of the two the last holds
     assert "Kvasir-SEG/images/v4.jpg" in calls[3] and "Kvasir-SEG/images/v5.jpg" not in calls[3]
     (folder / "empty").mkdir()
     assert "empty: no images here" in adapt("w.pth", "empty", "Kvasir-SEG").stderr

@@ -48,7 +48,7 @@ END
 # shellcheck disable=SC2086  # both hold several words; of a flag that is given twice the last holds
 "$python" "$here/pretrain.py" --recipe adapt --arch "${ADAPT_ARCH:-vits14}" --init "$weights" --data "$out/frames.csv" \
     --out "$out" $steps ${ADAPT_FLAGS:-}
-# its heads, teacher_900.polyps.linear.pt, come to lie beside it; none is there if a signal ended the run
+# its heads, teacher_450.polyps.linear.pt, come to lie beside it; none is there if a signal ended the run
 teacher=$(find "$out" -maxdepth 1 -regex '.*/teacher_[0-9]*\.pt' | sort -V | tail -n 1)
 [ -n "$teacher" ] || exit 130
 "$python" "$here/probe_segment.py" "$teacher" --against "$weights" --data "$kvasir" ${other:+--generalise "$other"} \
